@@ -1,0 +1,1 @@
+"""BPF programs (C) and the catalogue of what can be traced."""

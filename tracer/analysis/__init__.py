@@ -1,0 +1,1 @@
+"""Pure computation over recordings: pandas and numpy, no root, no bcc, no printing."""
