@@ -29,7 +29,7 @@ class LabUsageError(LabError):
 
 
 def home() -> Path:
-    """Return the folder that holds sources, builds and stamps: ``STALLSCOPE_LAB``, or ``.lab`` in the project."""
+    """Return the folder of sources and builds: ``STALLSCOPE_LAB``, or ``.lab`` in the project."""
     configured = os.environ.get("STALLSCOPE_LAB")
     if configured:
         return Path(configured).expanduser().resolve()

@@ -12,12 +12,13 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 
 from lab import LabError
 from lab.listener import ListenerQueue, read_listen_counters
-from lab.outcome import Connections, Listener, Preparation
+from lab.outcome import Connections, Held, Listener
 from lab.recipes import Recipe
 
 PING = b"*1\r\n$4\r\nPING\r\n"
@@ -32,6 +33,7 @@ CONNECT_TIMEOUT_S = 30.0
 SAMPLE_INTERVAL_S = 0.005
 TOUCH_INTERVAL_S = 0.5
 UPLOADS_AT_ONCE = 4
+MEMORY_INTERVAL_S = 0.2
 MAX_IN_FLIGHT = 4_000
 MAX_NEW_AT_ONCE = 256
 PACED_BY = 100
@@ -46,6 +48,7 @@ class Stage:
     port: int
     ready: Event
     start: Event
+    trimmed: Event
     stop: Event
 
     def wait_for_start(self) -> float:
@@ -55,33 +58,38 @@ class Stage:
         return time.monotonic()
 
 
-def hold_connections(stage: Stage) -> Preparation:
+def hold_connections(stage: Stage) -> Held:
     """Open the held clients and fill their buffers; during the window keep them as the recipe says."""
     recipe = stage.recipe
-    opened_s = time.monotonic()
+    began_s = time.monotonic()
     held: list[socket.socket] = []
     try:
         # Idle ones first, so that the uploaders are neighbours in the server's list: one tick meets many.
         for count, source in zip(range(recipe.held), _endless_sources(), strict=False):
-            held.append(
-                _open_held(stage, source, greet=count < recipe.idle, pace=count % PACED_BY == PACED_BY - 1)
-            )
-        open_s = time.monotonic() - opened_s
-        uploaders = _Uploaders(recipe, held[recipe.idle : recipe.idle + recipe.uploaders])
-        filled_s = time.monotonic()
+            pace = count % PACED_BY == PACED_BY - 1
+            held.append(_open_held(stage, source, greet=count < recipe.idle, pace=pace))
+        opened_s = time.monotonic()
+        uploaders = _Uploaders(stage, held[recipe.idle : recipe.idle + recipe.uploaders])
         uploaders.fill()
         small = _SmallBuffers(recipe, held[recipe.idle + recipe.uploaders :])
-        fill_s = time.monotonic() - filled_s
+        filled_s = time.monotonic()
         stage.ready.set()
-        while not stage.start.wait(TOUCH_INTERVAL_S):
+        while not stage.start.wait(TOUCH_INTERVAL_S / 5):
             uploaders.touch()
         started_s = time.monotonic()
-        while not stage.stop.wait(0.01 if recipe.small_buffers else TOUCH_INTERVAL_S / 5):
-            if time.monotonic() < started_s + recipe.hold_s:
-                uploaders.touch()
+        released_s, trimmed_s = None, None
+        if recipe.uploaders:
+            released_s = recipe.release_s(opened_s, started_s, uploaders.redis_major()) - started_s
+            trimmed_s = uploaders.let_idle(started_s, released_s)
+        while not stage.stop.wait(0.01):
             small.send_due(time.monotonic() - started_s)
-        return Preparation(
-            len(held), round(open_s, 3), round(fill_s, 3), recipe.uploaders * recipe.sent_bytes
+        return Held(
+            count=len(held),
+            open_s=round(opened_s - began_s, 3),
+            fill_s=round(filled_s - opened_s, 3),
+            filled_bytes=recipe.uploaders * recipe.sent_bytes,
+            released_s=released_s and round(released_s, 3),
+            trimmed_s=trimmed_s and round(trimmed_s, 3),
         )
     finally:
         for connection in held:
@@ -95,8 +103,11 @@ class _Uploaders:
     it: a byte every half second holds off both.
     """
 
-    def __init__(self, recipe: Recipe, connections: list[socket.socket]) -> None:
+    def __init__(self, stage: Stage, connections: list[socket.socket]) -> None:
+        recipe = stage.recipe
+        self._stage = stage
         announced = recipe.announced_bytes
+        self._spare_bytes = recipe.uploaders * (announced - recipe.sent_bytes)
         header = b"*3\r\n$3\r\nSET\r\n$6\r\nupload\r\n$%d\r\n" % announced
         self._message = memoryview(header + b"x" * recipe.sent_bytes) if connections else memoryview(b"")
         self._waiting = deque(connections)
@@ -131,6 +142,32 @@ class _Uploaders:
         for connection in self._stuck:
             connection.send(b"x")
 
+    def let_idle(self, started_s: float, released_s: float) -> float | None:
+        """Keep them awake until ``released_s`` after the start; then wait until the server has trimmed them.
+
+        Returns:
+            The seconds from the start until the server's memory showed it, or None if the stop came first.
+        """
+        while time.monotonic() - started_s < released_s:
+            self.touch()
+            if self._stage.stop.wait(TOUCH_INTERVAL_S / 5):
+                return None
+        with self._connect() as connection:
+            full_bytes = int(_ask_info(connection, "used_memory"))
+            while not self._stage.stop.wait(MEMORY_INTERVAL_S):
+                if full_bytes - int(_ask_info(connection, "used_memory")) > 0.9 * self._spare_bytes:
+                    self._stage.trimmed.set()
+                    return time.monotonic() - started_s
+        return None
+
+    def redis_major(self) -> int:
+        """Return the server's major version, as it reports it."""
+        with self._connect() as connection:
+            return int(_ask_info(connection, "redis_version").partition(".")[0])
+
+    def _connect(self) -> socket.socket:
+        return socket.create_connection((self._stage.host, self._stage.port), timeout=CONNECT_TIMEOUT_S)
+
 
 class _SmallBuffers:
     """Clients that each send one short command per period, evenly spread over it."""
@@ -151,14 +188,10 @@ class _SmallBuffers:
             self._sent += 1
 
     def _send(self, connection: socket.socket) -> None:
-        try:
+        with suppress(BlockingIOError):
             connection.recv(4096)
-        except BlockingIOError:
-            pass
-        try:
+        with suppress(BlockingIOError):
             connection.send(self._command)
-        except BlockingIOError:
-            pass
 
 
 def make_short_connections(stage: Stage) -> Connections:
@@ -262,11 +295,9 @@ class _Churn:
             if status not in (0, errno.EINPROGRESS):
                 raise OSError(status, "connect")
             # On loopback the handshake is over when connect() returns, unless the SYN was refused.
-            try:
+            with suppress(BlockingIOError):
                 connection.send(PING)
                 attempt.asked = True
-            except BlockingIOError:
-                pass
         except OSError as error:
             self._count(errno.errorcode.get(error.errno or 0, "unknown"))
             connection.close()
@@ -286,7 +317,7 @@ class _Churn:
 
 
 def probe_with_pings(stage: Stage) -> list[tuple[int, int]]:
-    """PING on one standing connection until the stop; return (CLOCK_MONOTONIC ns of sending, ns it took) each."""
+    """PING on one connection until the stop; return (CLOCK_MONOTONIC ns of sending, ns it took) each."""
     pings: list[tuple[int, int]] = []
     with socket.create_connection((stage.host, stage.port), timeout=CONNECT_TIMEOUT_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -319,7 +350,7 @@ def watch_listener(stage: Stage) -> Listener:
 
 
 def _open_held(stage: Stage, source: str, *, greet: bool, pace: bool) -> socket.socket:
-    """Return a new connection, not blocking; ``pace`` waits for an answer, so that no queue fills meanwhile."""
+    """Return a new connection, not blocking; ``pace`` waits for an answer, so that no queue fills."""
     connection = socket.socket()
     try:
         connection.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
@@ -335,6 +366,19 @@ def _open_held(stage: Stage, source: str, *, greet: bool, pace: bool) -> socket.
         connection.close()
         raise
     return connection
+
+
+def _ask_info(connection: socket.socket, field: str) -> str:
+    """Return one field of INFO."""
+    connection.sendall(b"INFO\r\n")
+    with connection.makefile("rb") as answer:
+        length = answer.readline()
+        text = answer.read(int(length[1:]) + 2).decode() if length.startswith(b"$") else ""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return value
+    raise LabError(f"the server's INFO has no {field}; it must answer INFO without a password")
 
 
 def _endless_sources() -> Iterator[str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Becomes the server, after arranging what only the process itself can: ``launch.py PARENT FILES PROGRAM ...``.
+"""Becomes another program after arranging its surroundings: ``launch.py PARENT FILES PROGRAM ...``.
 
 Transparent huge pages are off for this process alone, whatever the machine's setting: with them the copies
 that stall Redis are five times shorter. The kernel kills it when PARENT, which started it, dies by whatever

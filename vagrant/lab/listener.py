@@ -25,7 +25,7 @@ _PORTS = struct.Struct("!HH")
 _QUEUES = struct.Struct("=II")
 _PORT_OFFSET = 4
 _QUEUES_OFFSET = 56
-"""Within struct inet_diag_msg (linux/inet_diag.h): id.idiag_sport, and idiag_rqueue followed by idiag_wqueue."""
+"""In struct inet_diag_msg (linux/inet_diag.h): id.idiag_sport; idiag_rqueue followed by idiag_wqueue."""
 
 
 class ListenerQueue:

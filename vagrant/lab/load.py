@@ -30,7 +30,7 @@ if __package__ in (None, ""):
 from lab import LabError, LabUsageError
 from lab.clients import Stage, hold_connections, make_short_connections, probe_with_pings, watch_listener
 from lab.launch import allow_files, die_with
-from lab.outcome import Connections, Outcome, Pings, Preparation
+from lab.outcome import Connections, Held, Outcome, Pings
 from lab.recipes import RECIPES, Recipe, check
 
 PREPARE_TIMEOUT_S = 120.0
@@ -51,7 +51,7 @@ class _Role:
 def put_load(
     recipe: Recipe, port: int, host: str = "127.0.0.1", at_prepared: Callable[[], None] = lambda: None
 ) -> Outcome:
-    """Prepare the held clients, call ``at_prepared``, put the load on for its duration and return what happened.
+    """Prepare the held clients, call ``at_prepared``, put the load on and return what happened.
 
     It forks, so call it from a process with one thread.
 
@@ -64,7 +64,7 @@ def put_load(
         raise LabError(
             f"this load opens {needed} descriptors, more than the limit; ulimit -n {needed}, or run as root"
         )
-    start, stop = _FORK.Event(), _FORK.Event()
+    start, trimmed, stop = _FORK.Event(), _FORK.Event(), _FORK.Event()
     work: dict[str, Callable[[Stage], Any]] = {"watch": watch_listener, "ping": probe_with_pings}
     if recipe.held:
         work["held"] = hold_connections
@@ -73,12 +73,17 @@ def put_load(
     roles: list[_Role] = []
     try:
         for name, function in work.items():
-            roles.append(_begin(name, function, Stage(recipe, host, port, _FORK.Event(), start, stop)))
+            roles.append(
+                _begin(name, function, Stage(recipe, host, port, _FORK.Event(), start, trimmed, stop))
+            )
         _wait_until_ready(roles)
         at_prepared()
         started_ns = time.monotonic_ns()
         start.set()
-        _fail_if_one_ends(roles, recipe.duration_s)
+        end_s = time.monotonic() + recipe.duration_s
+        while time.monotonic() < end_s and not trimmed.is_set():
+            _fail_if_one_ends(roles, min(0.05, end_s - time.monotonic()))
+        _fail_if_one_ends(roles, min(recipe.after_s, end_s - time.monotonic()))
         stop.set()
         elapsed_s = (time.monotonic_ns() - started_ns) / 1e9
         reports = {role.name: _report(role) for role in roles}
@@ -89,14 +94,14 @@ def put_load(
             role.process.close()
             role.reports.close()
     return Outcome(
-        recipe=asdict(recipe),
+        recipe={name: value for name, value in asdict(recipe).items() if name != "about"},
         port=port,
         started_ns=started_ns,
         duration_s=round(elapsed_s, 3),
         connections=reports.get("short", Connections()),
         ping=Pings.of(reports["ping"]),
         listener=reports["watch"],
-        preparation=reports.get("held", Preparation(0, 0.0, 0.0, 0)),
+        held=reports.get("held", Held()),
     )
 
 
@@ -197,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--handshake", action="store_true", help="wait for a line on stdin before starting")
     changes = parser.add_argument_group("changes to the recipe")
     for flag, name, kind, text in (
+        ("--name", "name", str, "what the document calls it"),
         ("--idle", "idle", int, "idle clients"),
         ("--uploaders", "uploaders", int, "clients stuck in a value"),
         ("--announced-bytes", "announced_bytes", int, "the size of that value"),
@@ -207,8 +213,9 @@ def _parser() -> argparse.ArgumentParser:
         ("--rate", "rate_per_s", float, "short connections per second"),
         ("--timeout", "timeout_s", float, "seconds until such a client gives up"),
         ("--ping-interval", "ping_interval_s", float, "seconds between PINGs"),
-        ("--hold", "hold_s", float, "seconds after the start in which no uploader idles"),
-        ("--duration", "duration_s", float, "seconds of load"),
+        ("--attach", "attach_s", float, "seconds after the start in which no uploader can be trimmed"),
+        ("--after", "after_s", float, "seconds of load after they were trimmed"),
+        ("--duration", "duration_s", float, "seconds of load at most"),
     ):
         changes.add_argument(flag, dest=name, type=kind, metavar="N", help=text)
     return parser

@@ -29,7 +29,7 @@ class Connections:
 
 @dataclass(frozen=True)
 class Pings:
-    """The PINGs on the one standing connection; ``worst`` is (CLOCK_MONOTONIC ns of sending, ms), longest first."""
+    """The PINGs on one standing connection; ``worst`` holds (CLOCK_MONOTONIC ns, ms), longest first."""
 
     count: int
     p50_ms: float
@@ -55,10 +55,10 @@ class Pings:
 
 @dataclass(frozen=True)
 class Listener:
-    """The listener during the window: the kernel's counters of its network namespace, and its sampled queue.
+    """The listener during the window: the counters of its network namespace, and its sampled queue.
 
-    ``overflows`` and ``drops`` are the increases of ListenOverflows and ListenDrops; ``max_queue`` the longest
-    accept queue seen in ``samples`` samples, ``backlog`` its limit (the kernel lets one connection more in).
+    ``overflows`` and ``drops`` are the increases of ListenOverflows and ListenDrops; ``max_queue`` is the
+    longest accept queue of ``samples`` samples, ``backlog`` its limit (the kernel lets in one more).
     """
 
     overflows: int
@@ -69,13 +69,19 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """What was opened before the window, and the seconds it took."""
+class Held:
+    """The clients held open: how many, the seconds it took to open them and to fill the uploaders' buffers.
 
-    held: int
-    open_s: float
-    fill_s: float
-    filled_bytes: int
+    ``released_s`` is when the uploaders began to idle and ``trimmed_s`` when the server was seen to have
+    trimmed them all, both in seconds after the start; None when there are none, or it did not happen.
+    """
+
+    count: int = 0
+    open_s: float = 0.0
+    fill_s: float = 0.0
+    filled_bytes: int = 0
+    released_s: float | None = None
+    trimmed_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Outcome:
     connections: Connections
     ping: Pings
     listener: Listener
-    preparation: Preparation
+    held: Held
 
     def to_json(self) -> str:
         """Return the document, on one line."""
@@ -106,18 +112,22 @@ class Outcome:
                 "connections": Connections(**document["connections"]),
                 "ping": Pings(**{**document["ping"], "worst": worst}),
                 "listener": Listener(**document["listener"]),
-                "preparation": Preparation(**document["preparation"]),
+                "held": Held(**document["held"]),
             }
         )
 
     def summary(self) -> str:
         """Return what the clients saw, in one line for people."""
         met, listener = self.connections, self.listener
-        failed = f"{met.connect_timeouts:,} connect and {met.reply_timeouts:,} reply time-outs"
-        if met.other_errors:
-            failed += f", {sum(met.other_errors.values()):,} other errors"
-        return (
-            f"{met.completed:,} of {met.attempted:,} connections answered, {failed}; "
-            f"{listener.overflows:,} listen overflows, queue at most {listener.max_queue:,} of {listener.backlog:,}; "
-            f"longest PING {self.ping.max_ms:,.0f} ms"
-        )
+        parts = [
+            f"{met.completed:,} of {met.attempted:,} connections answered",
+            f"{met.connect_timeouts:,} connect and {met.reply_timeouts:,} reply time-outs",
+            f"{sum(met.other_errors.values()):,} other errors" if met.other_errors else "",
+            f"{listener.overflows:,} listen overflows",
+            f"queue at most {listener.max_queue:,} of {listener.backlog:,}",
+            f"longest PING {self.ping.max_ms:,.0f} ms",
+            "the uploaders were never trimmed"
+            if self.held.filled_bytes and self.held.trimmed_s is None
+            else "",
+        ]
+        return ", ".join(part for part in parts if part)

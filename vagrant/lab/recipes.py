@@ -16,11 +16,11 @@ MAX_HELD_BYTES = 8_000_000_000
 SMALL_BUFFER_BYTES = 33_000
 """What one short command leaves allocated in a Redis 2.8 client: it makes room for 16 KB, and doubles it."""
 
-TRIM_IDLE_S = 3.0
-"""Redis trims when ``idle > 2`` in whole seconds of a cached clock: after 2 to 3 s, and a tick of 0.1 s."""
+SURELY_IDLE_S = 3.3
+"""Redis trims when ``idle > 2`` in whole seconds of a cached clock: from 3 s on in any case."""
 
-CRON_CYCLE_S = 10.0
-"""The longest time until clientsCron() comes round to a client."""
+TICK_S = 0.1
+"""serverCron() runs with the default ``hz`` of 10."""
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -30,21 +30,24 @@ class Recipe:
     """One load: the clients that are held open, the short connections, and for how long.
 
     Attributes:
+        name: what to call it; a changed recipe keeps the name of the one it was made from.
         about: one line on what it shows.
         idle: clients that sent one PING and then nothing; they lengthen the round of clientsCron().
         uploaders: clients that announced a value, sent part of it and got stuck.
         announced_bytes: the size of that value.
-        sent_ratio: the part of it that was sent, 0 to 1; from a half on, Redis keeps the buffer until it idles.
-        small_buffers: clients that send one command of ``small_bytes`` every ``small_period_s`` and idle between.
+        sent_ratio: the part of it that was sent; from a half on, Redis keeps the buffer until it idles.
+        small_buffers: clients that send a command of ``small_bytes`` every ``small_period_s``.
         small_bytes: the value in that command.
         small_period_s: see ``small_buffers``.
         rate_per_s: short connections: connect, PING, close.
         timeout_s: after which such a client gives up, separately on connecting and on the answer.
         ping_interval_s: the pause between the PINGs on the one standing connection.
-        hold_s: how long after the start the uploaders still send a byte now and then, so that they do not idle.
-        duration_s: the measured window.
+        attach_s: what a recorder gets to attach: no uploader's buffer is trimmed sooner after the start.
+        after_s: the window ends this long after the last of them was trimmed.
+        duration_s: the measured window, at most.
     """
 
+    name: str = "own"
     about: str = ""
     idle: int = 0
     uploaders: int = 0
@@ -56,7 +59,8 @@ class Recipe:
     rate_per_s: float = 0.0
     timeout_s: float = 0.5
     ping_interval_s: float = 0.002
-    hold_s: float = 0.0
+    attach_s: float = 0.0
+    after_s: float = 2.0
     duration_s: float = 10.0
 
     @property
@@ -75,45 +79,66 @@ class Recipe:
         small = (self.idle + self.small_buffers) * SMALL_BUFFER_BYTES
         return self.uploaders * self.sent_bytes + small
 
+    def release_s(self, opened_s: float, started_s: float, redis_major: int) -> float:
+        """Return when the uploaders should stop sending, so that they are trimmed soon but not too soon.
 
-RECIPES = {
-    "incident": Recipe(
+        Up to 3.2, clientsCron() visits max(50, clients / (10 * hz)) clients in every tick and takes new ones
+        first: it visits the uploaders when they have connected, one round later, and so on. They must have
+        idled at the visit that is caught, or they wait for another round. From 4.0 on it visits everybody
+        once a second, and trims after one second without a read.
+
+        Args:
+            opened_s: when they connected, on any clock.
+            started_s: when the measured window started, on the same clock.
+            redis_major: the server's major version.
+        """
+        attached_s = started_s + self.attach_s
+        if redis_major >= 4:
+            return attached_s
+        round_s = math.ceil(self.held / max(50, self.held // 100)) * TICK_S
+        visit_s = opened_s + math.ceil((attached_s - opened_s) / round_s) * round_s
+        return visit_s - SURELY_IDLE_S
+
+
+_ALL = (
+    Recipe(
+        name="incident",
         about="the incident in 1.6 GB: uploaders stuck in 25 MB values, trimmed by the dozen in one tick",
         idle=6_000,
         uploaders=100,
         announced_bytes=25_000_000,
         rate_per_s=2_500,
-        hold_s=3,
-        duration_s=18,
+        attach_s=5,
+        duration_s=30,
     ),
-    "full": Recipe(
+    Recipe(
+        name="full",
         about="the incident as it was met: 50 MB values, one tick of about a second; 3 GB",
         idle=4_000,
         uploaders=100,
         announced_bytes=50_000_000,
         rate_per_s=1_500,
-        hold_s=3,
-        duration_s=20,
+        attach_s=5,
+        duration_s=30,
     ),
-    "small-buffers": Recipe(
+    Recipe(
+        name="small-buffers",
         about="15,000 clients whose short commands left 32 KB each: a few ms in every tick, no overflow",
         small_buffers=15_000,
         rate_per_s=300,
         duration_s=15,
     ),
-    "quiet": Recipe(
+    Recipe(
+        name="quiet",
         about="a light load that never stalls",
         idle=100,
         rate_per_s=200,
         duration_s=5,
     ),
-}
-"""By name. ``hold_s`` gives a recorder 5 s to attach: see ``incident.py``."""
+)
 
-
-def shortest_duration_s(recipe: Recipe) -> float:
-    """Return the shortest window that is sure to hold the trims of every stuck uploader, in seconds."""
-    return recipe.hold_s + TRIM_IDLE_S + CRON_CYCLE_S + 1 if recipe.uploaders else 0.0
+RECIPES = {recipe.name: recipe for recipe in _ALL}
+"""By name. A recorder gets ``attach_s`` to attach: see ``incident.py``."""
 
 
 def check(recipe: Recipe, host: str) -> None:
@@ -131,7 +156,7 @@ def check(recipe: Recipe, host: str) -> None:
         raise LabUsageError(f"the load goes to loopback only, not to {host}; use an address in 127.0.0.0/8")
     bounds = (
         ("duration", recipe.duration_s, MAX_DURATION_S, "s"),
-        ("hold", recipe.hold_s, recipe.duration_s, "s, the duration"),
+        ("time to attach", recipe.attach_s, recipe.duration_s, "s, the duration"),
         ("clients held open", recipe.held, MAX_HELD, "clients"),
         ("rate", recipe.rate_per_s, MAX_RATE_PER_S, "connections/s"),
         ("memory", recipe.held_bytes, MAX_HELD_BYTES, "bytes"),

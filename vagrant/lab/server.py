@@ -40,7 +40,7 @@ class Server:
     folder: Path
 
     def command(self, *words: str) -> str:
-        """Return the server's answer to one command, on a connection of its own; bulk and simple strings only.
+        """Return the server's answer to one command, on a connection of its own; strings only.
 
         Raises:
             LabError: the server answered with an error or not at all.
@@ -84,7 +84,7 @@ def running_server(
     somaxconn = int(SOMAXCONN.read_text())
     if backlog > somaxconn:
         raise LabError(
-            f"a backlog of {backlog} is cut to {somaxconn}; sysctl -w net.core.somaxconn={backlog}, or ask for less"
+            f"a backlog of {backlog} would be cut to {somaxconn}; sysctl -w net.core.somaxconn={backlog}"
         )
     with tempfile.TemporaryDirectory(prefix="stallscope-lab-") as name:
         folder = Path(name)
