@@ -1,0 +1,19 @@
+# The test machine without Vagrant. Included by the Makefile at the top.
+#   make vm           build its image (root; nothing to do when it is current)
+#   make test-vm      the kernel tests on Debian's 6.1 kernel
+#   make test-vm-all  the same on 6.1 and 6.12
+VM ?= vagrant/vm
+VM_KERNELS := 6.1 6.12
+VM_TESTS ?= python -m pytest tests/kernel -q
+
+.PHONY: vm test-vm test-vm-all $(VM_KERNELS:%=test-vm-%)
+
+vm:
+	$(VM) build
+
+$(VM_KERNELS:%=test-vm-%): test-vm-%: vm
+	$(VM) run --kernel $* --out .vm/results/$* -- $(VM_TESTS)
+
+test-vm: test-vm-6.1
+
+test-vm-all: $(VM_KERNELS:%=test-vm-%)
