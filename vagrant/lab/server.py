@@ -68,7 +68,7 @@ def running_server(
     port: int | None = None,
     options: tuple[str, ...] = (),
 ) -> Iterator[Server]:
-    """Start a server, yield it once it answers PING, and stop it by its pid whatever happens.
+    """Start a server, yield it once it answers, and stop it by its pid whatever happens.
 
     Args:
         build: a name in ``builds.toml``, or the path of any redis-server.
@@ -168,13 +168,14 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, path: Pa
             raise LabError(f"{path} ended with status {process.returncode} at its start: {said}")
         try:
             with socket.create_connection((HOST, port), timeout=1) as connection:
-                connection.sendall(b"PING\r\n")
-                if connection.recv(16).startswith(b"+PONG"):
+                # Another server may have the port: ours then ends, but this one would answer.
+                connection.sendall(b"INFO server\r\n")
+                if b"\r\nprocess_id:%d\r\n" % process.pid in connection.recv(65536):
                     return
         except OSError:
             pass
         time.sleep(0.01)
-    raise LabError(f"{path} did not answer PING on port {port} within {START_TIMEOUT_S:.0f} s; read {log}")
+    raise LabError(f"{path} did not answer on port {port} within {START_TIMEOUT_S:.0f} s; read {log}")
 
 
 def _free_port() -> int:
