@@ -9,12 +9,6 @@
  * finds nothing. Tail calls share the frame but not the probe.
  */
 
-struct frame {
-	u64 sp;
-	u32 tid;
-	u32 probe;
-};
-
 BPF_HASH(calls_in_progress, struct frame, struct event, MAX_CALLS_IN_PROGRESS);
 
 static __always_inline int call_enter(struct pt_regs *ctx, u16 probe, u64 *value)
@@ -93,7 +87,7 @@ static __always_inline void read_sdshdr(u64 sds, u64 *length_bytes, u64 *free_by
 {
 	u32 header[2] = {};
 
-	if (bpf_probe_read_user(header, sizeof(header), (void *)(sds - sizeof(header))))
+	if (read_user(header, sizeof(header), (void *)(sds - sizeof(header))))
 		return;
 	*length_bytes = header[0];
 	*free_bytes = header[1];
@@ -111,7 +105,7 @@ static __always_inline void read_sds(u64 sds, u64 *length_bytes, u64 *free_bytes
 	u32 w[2] = {};
 	u64 d[2] = {};
 
-	if (bpf_probe_read_user(&flags, sizeof(flags), (void *)(sds - 1)))
+	if (read_user(&flags, sizeof(flags), (void *)(sds - 1)))
 		return;
 	switch (flags & 7) {
 	case 0:
@@ -119,22 +113,22 @@ static __always_inline void read_sds(u64 sds, u64 *length_bytes, u64 *free_bytes
 		*free_bytes = 0;
 		return;
 	case 1:
-		bpf_probe_read_user(b, sizeof(b), (void *)(sds - 1 - sizeof(b)));
+		read_user(b, sizeof(b), (void *)(sds - 1 - sizeof(b)));
 		*length_bytes = b[0];
 		*free_bytes = (u8)(b[1] - b[0]);
 		return;
 	case 2:
-		bpf_probe_read_user(h, sizeof(h), (void *)(sds - 1 - sizeof(h)));
+		read_user(h, sizeof(h), (void *)(sds - 1 - sizeof(h)));
 		*length_bytes = h[0];
 		*free_bytes = (u16)(h[1] - h[0]);
 		return;
 	case 3:
-		bpf_probe_read_user(w, sizeof(w), (void *)(sds - 1 - sizeof(w)));
+		read_user(w, sizeof(w), (void *)(sds - 1 - sizeof(w)));
 		*length_bytes = w[0];
 		*free_bytes = (u32)(w[1] - w[0]);
 		return;
 	case 4:
-		bpf_probe_read_user(d, sizeof(d), (void *)(sds - 1 - sizeof(d)));
+		read_user(d, sizeof(d), (void *)(sds - 1 - sizeof(d)));
 		*length_bytes = d[0];
 		*free_bytes = d[1] - d[0];
 		return;
@@ -160,11 +154,11 @@ static __always_inline void read_client(u64 client, int id_offset, int id_size, 
 	u64 free_bytes = 0;
 
 	/* little-endian: the low half of a 64-bit id comes first, so four bytes serve both sizes */
-	bpf_probe_read_user(&id, sizeof(id), (void *)(client + id_offset));
+	read_user(&id, sizeof(id), (void *)(client + id_offset));
 	if (lastinteraction_offset >= 0)
-		bpf_probe_read_user(&last_interaction_s, sizeof(last_interaction_s),
+		read_user(&last_interaction_s, sizeof(last_interaction_s),
 				    (void *)(client + lastinteraction_offset));
-	bpf_probe_read_user(&querybuf, sizeof(querybuf), (void *)(client + querybuf_offset));
+	read_user(&querybuf, sizeof(querybuf), (void *)(client + querybuf_offset));
 	if (querybuf)
 		read_any_sds(sds_kind, querybuf, &length_bytes, &free_bytes);
 	value[0] = id | last_interaction_s << 32;

@@ -10,6 +10,13 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(counters, struct probe_counters, MAX_PROBES);
 
 /*
+ * The kernel's helpers by number: under its own names for them bcc searches all of /proc/kallsyms once
+ * per call in the source (0.1 s each) for kernels older than the ring buffer.
+ */
+static long (*read_user)(void *to, u32 bytes, const void *from) = (void *)BPF_FUNC_probe_read_user;
+static long (*read_kernel)(void *to, u32 bytes, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+
+/*
  * Programs on uprobes may be preempted (Linux commit 8c7dcb84e3b7, v6.0), so even a per-CPU counter
  * is added to atomically.
  */

@@ -30,6 +30,13 @@ struct probe_counters {
 	u64 abandoned;   /* entries overwritten by a later one in the same frame: the call never returned */
 };
 
+/* What identifies a call in progress: its thread, its probe, and the stack pointer on entry. */
+struct frame {
+	u64 sp;
+	u32 tid;
+	u32 probe;
+};
+
 /* The thread that runs an event loop, filled in by the loader, kept by loop.bpf.c. */
 struct loop_state {
 	u64 wait_end_ns;   /* when epoll_wait last returned; 0 while it waits */

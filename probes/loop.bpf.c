@@ -51,7 +51,7 @@ int loop_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 		struct pt_regs *regs = (struct pt_regs *)ctx->args[0];
 		u64 fd = 0;
 
-		bpf_probe_read_kernel(&fd, sizeof(fd), &regs->di);
+		read_kernel(&fd, sizeof(fd), &regs->di);
 		loop->listener_fd = fd;
 		loop->accept_ns = now_ns;
 	}

@@ -1,5 +1,12 @@
 """Stallscope: find the call that blocked Redis while the kernel refused connections."""
 
-from importlib.metadata import version
+__all__ = ["__version__"]
 
-__version__ = version("stallscope")
+
+def __getattr__(name: str) -> str:
+    """Return the installed version when ``__version__`` is asked for; reading it costs 30 ms."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("stallscope")
+    raise AttributeError(name)

@@ -103,9 +103,8 @@ def compile_program(text: str, flags: Sequence[str]) -> Any:
         messages: list[str] = []
         with _captured_stderr(messages):
             try:
-                return bcc.BPF(
-                    text=text.encode(), cflags=[f"-I{Path(probes).resolve()}", "-Wno-everything", *flags]
-                )
+                include = f"-I{Path(probes).resolve()}"
+                return bcc.BPF(text=text.encode(), cflags=[include, "-Wno-everything", *flags])
             except Exception as error:
                 failure: Exception = error
     first = next((line for line in messages if "error:" in line), messages[-1] if messages else str(failure))

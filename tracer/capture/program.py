@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from stallscope.probes.catalogue import Decoder
-from stallscope.tracer.capture.bcc_library import compile_program, load_bcc
+from stallscope.tracer.capture.bpf import BpfMap, attach_raw_tracepoint, attach_uprobe
+from stallscope.tracer.capture.loader import KPROBE, RAW_TRACEPOINT, Loader
 from stallscope.tracer.capture.ring import RingReader
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import EVENT, NO_STACK, UNFINISHED_NS, struct_dtype
@@ -33,6 +33,10 @@ _SYSTEM_CALLS = {
     # Linux arch/x86/entry/syscalls/syscall_64.tbl
     "x86_64": {"epoll_wait": 232, "epoll_pwait": 281, "epoll_pwait2": 441, "accept": 43, "accept4": 288},
 }
+_ENTER, _RETURN = "call_enter_{}", "call_return_{}"
+_LOOP_TRACEPOINTS = ("sys_enter", "sys_exit")
+_U32 = np.dtype("<u4")
+_C_BYTES = {"unsigned long long": 8, "unsigned int": 4, "int": 4, "unsigned short": 2}
 _MAX_LOOPS = 256
 _MAX_CALLS_IN_PROGRESS = 8192
 
@@ -53,9 +57,16 @@ class Program:
     """
 
     def __init__(
-        self, calls: Sequence[CallProbe], *, ring_bytes: int, min_duration_ns: int, iteration_min_ns: int, loop: bool = True
+        self,
+        calls: Sequence[CallProbe],
+        *,
+        ring_bytes: int,
+        min_duration_ns: int,
+        iteration_min_ns: int,
+        loop: bool = True,
+        loader: Loader | None = None,
     ) -> None:
-        """Compile the probes; nothing is attached yet.
+        """Compile and load the probes; nothing is attached yet.
 
         Args:
             calls: functions to compile an entry and a return program for.
@@ -63,6 +74,7 @@ class Program:
             min_duration_ns: shorter calls are counted and not sent.
             iteration_min_ns: shorter event loop iterations are counted and not sent.
             loop: compile the event loop's programs too.
+            loader: one that was started earlier, to save its start.
 
         Raises:
             SurroundingsError: bcc is missing or cannot compile here, or the machine is not x86-64.
@@ -81,14 +93,19 @@ class Program:
             f"-DPROBE_ACCEPT={ACCEPT_PROBE}",
             *(f"-DSYS_{name}={number}" for name, number in numbers.items()),
         ]
-        self._bpf = compile_program(_join_sources(calls, loop=loop), flags)
-        self._lib = load_bcc().libbcc.lib
+        programs = {name.format(call.probe): KPROBE for call in calls for name in (_ENTER, _RETURN)}
+        maps = ["events", "counters", "calls_in_progress"]
+        if loop:
+            programs |= {f"loop_{tracepoint}": RAW_TRACEPOINT for tracepoint in _LOOP_TRACEPOINTS}
+            maps.append("loops")
+        self._loaded = (loader or Loader()).load(_join_sources(calls, loop=loop), flags, programs, maps)
         self._attached: list[int] = []
-        self._loop = loop
-        self._check_layout()
-        self.ring = RingReader(self._bpf[b"events"].map_fd, ring_bytes)
-        self._counters_fd: int = self._bpf[b"counters"].map_fd
-        self._possible_cpus = _possible_cpus()
+        _check_layout(self._loaded.leaf_types)
+        fds = self._loaded.maps
+        self.ring = RingReader(fds["events"], ring_bytes)
+        self._counters = BpfMap(fds["counters"], _U32, struct_dtype("probe_counters"), _possible_cpus())
+        self._calls = BpfMap(fds["calls_in_progress"], struct_dtype("frame"), EVENT)
+        self._loops = BpfMap(fds["loops"], _U32, struct_dtype("loop_state")) if loop else None
 
     def attach_call(self, probe: int, path: str, offset: int, pid: int) -> tuple[int, int]:
         """Attach entry and return of a function in one process; returns handles for ``detach``.
@@ -103,9 +120,10 @@ class Program:
         Raises:
             SurroundingsError: the kernel refuses.
         """
-        entry = self._attach_uprobe(f"call_enter_{probe}", path, offset, pid, is_return=False)
+        entry = self._keep(attach_uprobe(self._program(_ENTER.format(probe)), path, offset, pid, is_return=False))
         try:
-            return entry, self._attach_uprobe(f"call_return_{probe}", path, offset, pid, is_return=True)
+            program = self._program(_RETURN.format(probe))
+            return entry, self._keep(attach_uprobe(program, path, offset, pid, is_return=True))
         except SurroundingsError:
             self.detach(entry)
             raise
@@ -116,25 +134,18 @@ class Program:
         Raises:
             SurroundingsError: the kernel refuses.
         """
-        for tracepoint in ("sys_enter", "sys_exit"):
-            function = self._load(f"loop_{tracepoint}", load_bcc().BPF.RAW_TRACEPOINT)
-            handle = self._lib.bpf_attach_raw_tracepoint(function.fd, tracepoint.encode())
-            if handle < 0:
-                raise SurroundingsError(
-                    f"cannot attach raw tracepoint {tracepoint}: {os.strerror(ctypes.get_errno())}; it needs CAP_PERFMON or root"
-                )
-            self._attached.append(handle)
+        for tracepoint in _LOOP_TRACEPOINTS:
+            self._keep(attach_raw_tracepoint(self._program(f"loop_{tracepoint}"), tracepoint))
 
     def watch_loop(self, tid: int) -> None:
         """Follow the event loop that this thread runs."""
-        table = self._bpf[b"loops"]
-        table[table.Key(tid)] = table.Leaf()
+        if self._loops is not None:
+            self._loops.update(tid, np.zeros(1, struct_dtype("loop_state"))[0])
 
     def unwatch_loop(self, tid: int) -> None:
         """Stop following the thread's event loop; unknown threads are ignored."""
-        table = self._bpf[b"loops"]
-        if table.Key(tid) in table:
-            del table[table.Key(tid)]
+        if self._loops is not None:
+            self._loops.delete(tid)
 
     def detach(self, handle: int) -> None:
         """Let go of one attachment."""
@@ -146,16 +157,13 @@ class Program:
         for handle in list(self._attached):
             self.detach(handle)
 
-    def counters(self, probes: Sequence[int]) -> dict[int, ProbeCounters]:
+    def counters(self, probes: Iterable[int]) -> dict[int, ProbeCounters]:
         """Return the in-kernel counters of these probes, summed over CPUs."""
-        dtype = struct_dtype("probe_counters")
-        values = np.zeros(self._possible_cpus, dtype)
         totals: dict[int, ProbeCounters] = {}
         for probe in probes:
-            key = ctypes.c_uint32(probe)
-            self._lib.bpf_lookup_elem(self._counters_fd, ctypes.byref(key), values.ctypes.data_as(ctypes.c_void_p))
-            assert dtype.names is not None
-            totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in dtype.names})
+            values = self._counters.lookup(probe)
+            if values is not None and values.dtype.names:
+                totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names})
         return totals
 
     def unfinished(self) -> npt.NDArray[np.void]:
@@ -164,16 +172,15 @@ class Program:
         ``duration_ns`` is ``UNFINISHED_NS``. Entries that longjmp left behind are among them; whoever
         has the finished spans can tell (the thread moved on).
         """
-        calls = [bytes(value) for value in self._bpf[b"calls_in_progress"].values()]
-        events = np.frombuffer(b"".join(calls), EVENT).copy()
-        iterations = np.zeros(0, EVENT)
-        if self._loop:
-            loops = [(key.value, value) for key, value in self._bpf[b"loops"].items() if value.wait_end_ns]
-            iterations = np.zeros(len(loops), EVENT)
-            for row, (tid, state) in zip(iterations, loops, strict=True):
-                row["start_ns"], row["tid"], row["pid"] = state.wait_end_ns, tid, tid
-                row["probe"], row["value"] = ITERATION_PROBE, (state.ready, state.accepted, 0)
-        unfinished = np.concatenate([events, iterations])
+        parts = [np.zeros(0, EVENT), *(call for _, call in self._calls.items())]
+        for tid, states in self._loops.items() if self._loops is not None else ():
+            state = states[0]
+            if state["wait_end_ns"]:
+                iteration = np.zeros(1, EVENT)
+                iteration["start_ns"], iteration["tid"], iteration["pid"] = state["wait_end_ns"], tid, tid
+                iteration["probe"], iteration["value"] = ITERATION_PROBE, [(state["ready"], state["accepted"], 0)]
+                parts.append(iteration)
+        unfinished = np.concatenate(parts)
         unfinished["duration_ns"] = UNFINISHED_NS
         unfinished["stack"] = NO_STACK
         return unfinished
@@ -182,35 +189,39 @@ class Program:
         """Detach everything and free the programs and maps."""
         self.detach_all()
         self.ring.close()
-        self._bpf.cleanup()
+        for fd in (*self._loaded.programs.values(), *self._loaded.maps.values()):
+            os.close(fd)
+        self._loaded.programs.clear()
+        self._loaded.maps.clear()
 
-    def _load(self, name: str, kind: int) -> Any:
-        try:
-            return self._bpf.load_func(name.encode(), kind)
-        except Exception as error:
-            raise SurroundingsError(f"the kernel refuses the program {name}: {error}") from error
+    def _program(self, name: str) -> int:
+        if name in self._loaded.refused:
+            raise SurroundingsError(f"the kernel refuses the program {name}: {self._loaded.refused[name]}")
+        return self._loaded.programs[name]
 
-    def _attach_uprobe(self, function: str, path: str, offset: int, pid: int, *, is_return: bool) -> int:
-        loaded = self._load(function, load_bcc().BPF.KPROBE)
-        event = f"stallscope_{function}_{pid}".encode()
-        # the last argument (reference counter offset) is missing from bcc 0.26's own declaration
-        handle: int = self._lib.bpf_attach_uprobe(
-            loaded.fd, int(is_return), event, path.encode(), offset, pid, ctypes.c_uint32(0)
-        )
-        if handle < 0:
-            reason = os.strerror(ctypes.get_errno()) if ctypes.get_errno() else "refused by the kernel"
-            raise SurroundingsError(f"cannot attach a uprobe at offset {offset:#x} of {path} in process {pid}: {reason}")
+    def _keep(self, handle: int) -> int:
         self._attached.append(handle)
         return handle
 
-    def _check_layout(self) -> None:
-        """Compare the dtype derived from event.h with what the compiler made of the struct."""
-        leaf = self._bpf[b"calls_in_progress"].Leaf
-        assert EVENT.names is not None
-        compiled = {name: getattr(leaf, name).offset for name, *_ in leaf._fields_ if not name.startswith("__pad")}
-        derived = {name: EVENT.fields[name][1] for name in EVENT.names} if EVENT.fields else {}
-        if compiled != derived or ctypes.sizeof(leaf) != EVENT.itemsize:
-            raise SurroundingsError(f"struct event differs: compiled {compiled}, read {derived}; report this as a bug")
+
+def _check_layout(leaf_types: Mapping[str, str]) -> None:
+    """Compare the dtypes derived from event.h with what bcc's compiler made of the structs.
+
+    Raises:
+        SurroundingsError: they differ, which is a defect of ours.
+    """
+    for table, struct in (("calls_in_progress", "event"), ("counters", "probe_counters"), ("loops", "loop_state")):
+        if table not in leaf_types:
+            continue
+        dtype = struct_dtype(struct)
+        derived = [(name, dtype[name].itemsize) for name in dtype.names or ()]
+        compiled = [
+            (member[0], _C_BYTES.get(member[1], 0) * (member[2][0] if len(member) > 2 else 1))
+            for member in json.loads(leaf_types[table])[1]
+            if not member[0].startswith("__pad")
+        ]
+        if compiled != derived:
+            raise SurroundingsError(f"struct {struct}: compiled {compiled}, declared {derived}; please report this")
 
 
 def _join_sources(calls: Sequence[CallProbe], *, loop: bool) -> str:

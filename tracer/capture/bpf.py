@@ -1,0 +1,172 @@
+"""The few system calls that attach a loaded program and read a map: bpf(2), perf_event_open(2).
+
+bcc compiles and loads (in ``loader``); attaching is done here, without it, because it must be quick, may
+be repeated for hours, and an attachment must be nothing but a file descriptor that ends with us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stallscope.tracer.errors import SurroundingsError
+
+# Linux arch/x86/entry/syscalls/syscall_64.tbl
+_SYS_PERF_EVENT_OPEN = 298
+_SYS_BPF = 321
+
+# Linux include/uapi/linux/bpf.h, enum bpf_cmd
+_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
+_RAW_TRACEPOINT_OPEN = 17
+
+# Linux include/uapi/linux/perf_event.h
+_PERF_EVENT_IOC_ENABLE = 0x2400
+_PERF_EVENT_IOC_SET_BPF = 0x40042408
+_PERF_FLAG_FD_CLOEXEC = 8
+_UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    """Return the result of bpf(2); raises OSError."""
+    buffer = ctypes.create_string_buffer(attributes, 128)
+    result: int = _libc.syscall(_SYS_BPF, command, buffer, ctypes.c_uint(128))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+class BpfMap:
+    """A BPF map behind a file descriptor, its keys and values as numpy scalars and arrays."""
+
+    def __init__(self, fd: int, key: np.dtype[Any], value: np.dtype[Any], values_per_key: int = 1) -> None:
+        """Wrap the map ``fd``; a per-CPU map has ``values_per_key`` values (one per possible CPU)."""
+        self.fd = fd
+        self._key = np.zeros(1, key)
+        self._next = np.zeros(1, key)
+        self._value = np.zeros(values_per_key, value)
+
+    def lookup(self, key: Any) -> npt.NDArray[Any] | None:
+        """Return the key's value(s), shape (values_per_key,), a copy; None if there is none."""
+        self._key[0] = key
+        try:
+            _bpf(_MAP_LOOKUP_ELEM, self._attributes(self._value))
+        except FileNotFoundError:
+            return None
+        return self._value.copy()
+
+    def update(self, key: Any, value: Any) -> None:
+        """Set the key's value; raises OSError when the map is full."""
+        self._key[0] = key
+        self._value[0] = value
+        _bpf(_MAP_UPDATE_ELEM, self._attributes(self._value))
+
+    def delete(self, key: Any) -> None:
+        """Remove the key; a key that is not there is fine."""
+        self._key[0] = key
+        try:
+            _bpf(_MAP_DELETE_ELEM, self._attributes(self._value))
+        except FileNotFoundError:
+            pass
+
+    def items(self, limit: int = 1 << 20) -> Iterator[tuple[Any, npt.NDArray[Any]]]:
+        """Yield (key, value) pairs; entries that come or go meanwhile may be missed."""
+        keys: list[Any] = []
+        pointer = 0
+        while len(keys) < limit:
+            attributes = struct.pack("=IIQQ", self.fd, 0, pointer, self._next.ctypes.data)
+            try:
+                _bpf(_MAP_GET_NEXT_KEY, attributes)
+            except FileNotFoundError:
+                break
+            keys.append(self._next[0].copy())
+            self._key[0] = self._next[0]
+            pointer = self._key.ctypes.data
+        for key in keys:
+            value = self.lookup(key)
+            if value is not None:
+                yield key, value
+
+    def _attributes(self, value: npt.NDArray[Any]) -> bytes:
+        return struct.pack("=IIQQQ", self.fd, 0, self._key.ctypes.data, value.ctypes.data, 0)
+
+
+def attach_uprobe(program_fd: int, path: str, offset: int, pid: int, *, is_return: bool) -> int:
+    """Attach a loaded program to a place in a file, for one process (or all with pid -1); returns the handle.
+
+    Args:
+        path: the file; ``/proc/PID/exe`` also reaches one that was replaced or deleted.
+        offset: bytes into the file.
+
+    Raises:
+        SurroundingsError: the kernel refuses; says why and what to do.
+    """
+    kind, return_bit = _uprobe_pmu()
+    path_buffer = ctypes.create_string_buffer(os.fsencode(path))
+    # struct perf_event_attr, PERF_ATTR_SIZE_VER5: type, size, config, 3 x u64, flags, wakeup, bp_type,
+    # config1 = uprobe_path, config2 = probe_offset
+    attributes = struct.pack(
+        "=IIQQQQQIIQQ",
+        kind, 112, int(is_return) << return_bit, 0, 0, 0, 0, 0, 0, ctypes.addressof(path_buffer), offset,
+    )  # fmt: skip
+    buffer = ctypes.create_string_buffer(attributes, 112)
+    cpu = 0 if pid < 0 else -1
+    handle: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, buffer, pid, cpu, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC))
+    if handle < 0:
+        raise SurroundingsError(_why_not(ctypes.get_errno(), path, offset, pid))
+    try:
+        fcntl.ioctl(handle, _PERF_EVENT_IOC_SET_BPF, program_fd)
+        fcntl.ioctl(handle, _PERF_EVENT_IOC_ENABLE, 0)
+    except OSError as error:
+        os.close(handle)
+        raise SurroundingsError(_why_not(error.errno or 0, path, offset, pid)) from error
+    return handle
+
+
+def attach_raw_tracepoint(program_fd: int, name: str) -> int:
+    """Attach a loaded program to a raw tracepoint; returns the handle.
+
+    Raises:
+        SurroundingsError: the kernel refuses or has no such tracepoint.
+    """
+    name_buffer = ctypes.create_string_buffer(name.encode())
+    try:
+        return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QI", ctypes.addressof(name_buffer), program_fd))
+    except OSError as error:
+        raise SurroundingsError(
+            f"cannot attach raw tracepoint {name}: {error.strerror}; it needs Linux 4.17 and CAP_PERFMON or root"
+        ) from error
+
+
+@cache
+def _uprobe_pmu() -> tuple[int, int]:
+    """Return the perf event type of uprobes and the config bit that makes one a return probe."""
+    try:
+        kind = int((_UPROBE_PMU / "type").read_text(encoding="ascii"))
+        return_bit = int((_UPROBE_PMU / "format/retprobe").read_text(encoding="ascii").strip().partition(":")[2])
+    except (OSError, ValueError) as error:
+        raise SurroundingsError(
+            f"this kernel offers no uprobes: {_UPROBE_PMU} is not readable; it needs CONFIG_UPROBE_EVENTS (Linux 4.17)"
+        ) from error
+    return kind, return_bit
+
+
+def _why_not(number: int, path: str, offset: int, pid: int) -> str:
+    place = f"cannot attach a uprobe at {offset:#x} of {path} in process {pid}"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{place}: not permitted; run as root or with CAP_BPF and CAP_PERFMON, and see kernel lockdown"
+    if number == errno.ESRCH:
+        return f"{place}: the process is gone"
+    return f"{place}: {os.strerror(number)}"
