@@ -63,11 +63,15 @@ class Decoder:
              querybuf offset, lastinteraction  1 allocated_bytes and 2 free_bytes of the query buffer
              offset or -1, 0 sdshdr or 1 sds)  (all 0 without one; the header is not counted)
     ======== ================================= ==============================================================
+
+    ``survives_clones`` says of ``registers`` that a clone of the function (``.part``, ``.constprop``) uses
+    all arguments up to those read, so that gcc cannot have moved them.
     """
 
     kind: str
     params: tuple[int, ...] = ()
     fields: tuple[Field, ...] = ()
+    survives_clones: bool = False
 
 
 NO_DECODER = Decoder("none")
@@ -127,6 +131,7 @@ class DecoderRule:
     fields: tuple[Field, ...] = ()
     since: str = ""
     until: str = ""
+    survives_clones: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,7 @@ def decoder_for(
             return client_decoder(rule.params[0], layout, strings)
         if rule.kind in ("sds", "sdshdr"):
             return Decoder(rule.kind, rule.params, _STRING_FIELDS)
-        return Decoder(rule.kind, rule.params, rule.fields)
+        return Decoder(rule.kind, rule.params, rule.fields, rule.survives_clones)
     return NO_DECODER
 
 

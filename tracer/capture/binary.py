@@ -98,7 +98,8 @@ class Binary:
         tables = [own]
         if own is None:
             if self.debug_file is not None:
-                tables.append(self.debug_file.symbol_table(SHT_SYMTAB, f"debug file {self.debug_file.shown}"))
+                place = self.debug_file.shown.removeprefix(self._root)
+                tables.append(self.debug_file.symbol_table(SHT_SYMTAB, f"debug file {place}"))
             packed = mini_debug_info(self.elf)
             if packed is not None:
                 tables.append(packed.symbol_table(SHT_SYMTAB, ".gnu_debugdata"))

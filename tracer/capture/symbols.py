@@ -143,7 +143,7 @@ class _Resolver:
             containers = self._inlined_into(self.exe, name)
             if containers:
                 return self._inlined(name, containers, "has no symbol of its own", NO_DECODER)
-            return _missing(name, self._no_symbol([name]))
+            return _missing(name, _no_symbol_in(self.exe, [name]))
         return self._plain(name, _Candidate(name, self.exe, found))
 
     def _in_library(self, asked: str, library: str, name: str) -> Resolution:
@@ -254,18 +254,18 @@ class _Resolver:
                 return _no_symbol_in(shared, [function.name])
             if not self.exe.jemalloc_version:
                 return f"{self.exe.name} does not use jemalloc"
-        return self._no_symbol(self._server_names(function))
+        return self._why_absent(function)
+
+    def _why_absent(self, function: Function) -> str:
+        names = self._server_names(function)
+        if not names:
+            return f"{self.server.capitalize()} {self.version_text} has no {function.name}"
+        return _no_symbol_in(self.exe, names)
 
     def _absent(self, function: Function, wanted: frozenset[str]) -> Resolution:
-        names = catalogue.names_in(function, self.version, server=self.server)
-        if not names:
-            release = f"{self.server.capitalize()} {self.version_text}"
-            return _missing(function.name, f"{release} has no {function.name}")
         stand_ins = tuple(symbol.name for symbol in function.symbols if symbol.library == "libc")
-        instead = stand_ins or tuple(sorted(wanted))
-        return replace(
-            _missing(function.name, self._no_symbol(self._server_names(function))), instead=instead
-        )
+        instead = stand_ins or (tuple(sorted(wanted)) if self._server_names(function) else ())
+        return replace(_missing(function.name, self._why_absent(function)), instead=instead)
 
     def _server_names(self, function: Function) -> list[str]:
         names = catalogue.names_in(function, self.version, server=self.server)
@@ -377,7 +377,7 @@ class _Resolver:
     ) -> Resolution:
         placed = [(one.binary, found) for one in candidates for found in self._working(one)]
         binary, first = placed[0]
-        if any(".isra" in found.symbol for _, found in placed):
+        if not _holds_for(decoder, [found.symbol for _, found in placed]):
             decoder = NO_DECODER
         resolution = Resolution(
             asked,
@@ -442,8 +442,17 @@ class _Resolver:
                     break
         return self._layout
 
-    def _no_symbol(self, names: Sequence[str]) -> str:
-        return _no_symbol_in(self.exe, names)
+
+def _holds_for(decoder: Decoder, symbols: Sequence[str]) -> bool:
+    """Return whether the clones among some symbols still have their arguments where the source has them.
+
+    gcc removes arguments a clone does not use and moves the others up; ``.isra`` clones may get members
+    instead of a pointer. What a decoder of strings and clients reads is used and comes first, so it stays.
+    """
+    if any(".isra" in symbol for symbol in symbols):
+        return False
+    is_cloned = any(".part" in symbol or ".constprop" in symbol for symbol in symbols)
+    return not is_cloned or decoder.kind != "registers" or decoder.survives_clones
 
 
 def _no_symbol_in(binary: Binary, names: Sequence[str]) -> str:
