@@ -147,6 +147,16 @@ class Binary:
             sites = self._callers.of(found.address, found.symbol)
             return self._callers.confirm(sites) if confirm and sites else sites
 
+    def near_callers(self, found: Found) -> list[Site]:
+        """Return the neighbours that reach a function with a short jump; see :meth:`bypass.Callers.near`."""
+        with reading(self.shown):
+            return self._callers.near(found.address)
+
+    def exports(self, name: str) -> bool:
+        """Return whether other files can call a function by this name."""
+        dynamic = self.elf.symbol_table(SHT_DYNSYM, ".dynsym")
+        return self.is_library and dynamic is not None and bool(dynamic.find(name))
+
     def attachment(self, found: Found) -> Attachment:
         """Return where the uprobe of a function goes."""
         return Attachment(self.path, self.elf.file_offset(found.address), found.symbol, self.build_id)

@@ -4,7 +4,9 @@ A call on x86-64 holds the distance to its target in four bytes. For every byte 
 "here + 4 + those four bytes" is computed once with numpy; a target's callers are where the sum equals its
 address. That finds every direct call in a server's megabyte of code in a millisecond, and by chance finds a
 wrong one once in some thousand binaries (2**-32 per byte, and the byte before must be a call's as well).
-:meth:`Callers.confirm` decodes the containing function with capstone and removes even those.
+:meth:`Callers.confirm` decodes the containing function with capstone and removes even those. Jumps with a
+one-byte distance (a tail call to a neighbour) are found by chance all the time, so :meth:`Callers.near`
+returns confirmed ones only.
 """
 
 from __future__ import annotations
@@ -81,6 +83,25 @@ class Callers:
             sites += self._pointers(address)
             return sorted(set(sites), key=lambda site: site.address)
 
+    def near(self, address: int) -> list[Site]:
+        """Return the short jumps to a function from a neighbour, each confirmed by decoding.
+
+        Raises:
+            SymbolError: the file is damaged.
+        """
+        with reading(self._elf.shown):
+            own = self._function_at(address)
+            sites = []
+            for at in range(max(0, address - 129), address + 127):
+                opcode = self._bytes_at(at, 2)
+                if len(opcode) < 2 or not (opcode[0] == 0xEB or 0x70 <= opcode[0] <= 0x7F):
+                    continue
+                if at + 2 + (opcode[1] ^ 0x80) - 0x80 == address:
+                    around = self._function_at(at)
+                    if around is not None and around != own:
+                        sites.append(Site(at, "jump", self._name_at(at)))
+            return self.confirm(sites) if sites else []
+
     def confirm(self, sites: Sequence[Site]) -> list[Site]:
         """Return the sites where an instruction really starts, decoding each function from its beginning.
 
@@ -101,7 +122,9 @@ class Callers:
                 starts[start] = {entry[0] for entry in engine.disasm_lite(self._bytes_at(start, size), start)}
             # Data between instructions ends the decoding early: what lies behind cannot be refuted.
             decoded = starts[start]
-            if site.address in decoded or site.address > max(decoded, default=0):
+            # A prefix (REX, BND, addr32) may stand before the opcode the site was recognised by.
+            is_start = site.address in decoded or site.address - 1 in decoded
+            if is_start or site.address > max(decoded, default=0):
                 kept.append(site)
         return kept
 

@@ -307,12 +307,14 @@ class _Resolver:
         """Return whether one of the wanted functions, or anything if none is known, calls a candidate."""
         if candidate.binary is not self.exe:
             wanted = frozenset()
-        sites = self._sites(candidate)
-        if wanted:
-            return any(base_name(site.function) in wanted for site in sites)
-        if candidate.binary.is_library and any(one.found_in == ".dynsym" for one in candidate.found):
+        if not wanted and candidate.binary.exports(candidate.name):
             return True
-        return bool(sites)
+        return self._counts(self._sites(candidate), wanted) or self._counts(
+            self._near_sites(candidate), wanted
+        )
+
+    def _counts(self, sites: list[Site], wanted: frozenset[str]) -> bool:
+        return any(base_name(site.function) in wanted for site in sites) if wanted else bool(sites)
 
     def _sites(self, candidate: _Candidate) -> list[Site]:
         """Return who refers to a candidate from outside: neither itself nor one of its clones."""
@@ -320,6 +322,15 @@ class _Resolver:
             site
             for one in candidate.found
             for site in candidate.binary.callers(one, confirm=self.full)
+            if base_name(site.function) != candidate.name
+        ]
+
+    def _near_sites(self, candidate: _Candidate) -> list[Site]:
+        """Return the short jumps to a candidate; they cost decoding, so they are asked for last."""
+        return [
+            site
+            for one in candidate.found
+            for site in candidate.binary.near_callers(one)
             if base_name(site.function) != candidate.name
         ]
 
@@ -357,11 +368,10 @@ class _Resolver:
         return self._containers[key]
 
     def _is_wrapper(self, candidate: _Candidate, reached: list[_Candidate]) -> bool:
+        own = frozenset([candidate.name])
+        inner = [one for one in reached if one.name in candidate.wraps and one.binary is candidate.binary]
         return any(
-            base_name(site.function) == candidate.name
-            for other in reached
-            if other.name in candidate.wraps and other.binary is candidate.binary
-            for site in self._sites(other)
+            self._counts(self._sites(one), own) or self._counts(self._near_sites(one), own) for one in inner
         )
 
     # Answers.
@@ -405,7 +415,10 @@ class _Resolver:
         the part directly, so the part alone sees every call that does some work.
         """
         parts = [one for one in candidate.found if ".part" in one.symbol]
-        heads = {site.function for part in parts for site in candidate.binary.callers(part)}
+        binary = candidate.binary
+        heads = {
+            site.function for part in parts for site in (*binary.callers(part), *binary.near_callers(part))
+        }
         return [one for one in candidate.found if ".part" in one.symbol or one.symbol not in heads]
 
     def _inlined(self, asked: str, containers: tuple[str, ...], state: str, decoder: Decoder) -> Resolution:
