@@ -9,6 +9,7 @@ pyarrow, pandas, polars or duckdb; nobody needs root.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stallscope.tracer.errors import RecordingError, StallscopeError
+from stallscope.tracer.errors import RecordingError, StallscopeError, UsageError
 from stallscope.tracer.layout import EVENT
 from stallscope.tracer.manifest import Counters, Manifest
 
@@ -200,3 +201,17 @@ def _batches(reader: pa.RecordBatchStreamReader) -> Iterator[tuple[pa.RecordBatc
 def empty_events(count: int = 0) -> npt.NDArray[np.void]:
     """Return ``count`` zeroed records of dtype ``EVENT``."""
     return np.zeros(count, dtype=EVENT)
+
+
+def new_recording_path(path: Path | None, *, force: bool = False) -> Path:
+    """Return where a new recording goes: the given path, else a name with the time in this folder.
+
+    Raises:
+        UsageError: the file exists and ``force`` is not set, or its folder does not exist.
+    """
+    chosen = path or Path(time.strftime("stallscope-%Y%m%d-%H%M%S") + SUFFIX)
+    if chosen.exists() and not force:
+        raise UsageError(f"{chosen} exists; choose another name with -o or overwrite it with --force")
+    if not chosen.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {chosen.absolute().parent}; make it or choose another name with -o")
+    return chosen

@@ -46,3 +46,19 @@ def _three_digits(value: float) -> str:
     if magnitude >= 999.5:
         return f"{value:,.0f}"
     return f"{value:.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"
+
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(?:i?B)?")
+_UNIT_BYTES = {"": 1, "k": 2**10, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the size written as ``64K``, ``8M`` or ``1G`` (powers of 1024), in bytes.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f'cannot read "{text}" as a size; write a number and a unit, as 64K, 8M or 1G')
+    return round(float(match[1]) * _UNIT_BYTES[match[2]])

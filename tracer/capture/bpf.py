@@ -27,6 +27,7 @@ _SYS_BPF = 321
 
 # Linux include/uapi/linux/bpf.h, enum bpf_cmd
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
+_PROG_LOAD = 5
 _RAW_TRACEPOINT_OPEN = 17
 
 # Linux include/uapi/linux/perf_event.h
@@ -170,3 +171,25 @@ def _why_not(number: int, path: str, offset: int, pid: int) -> str:
     if number == errno.ESRCH:
         return f"{place}: the process is gone"
     return f"{place}: {os.strerror(number)}"
+
+
+def load_trial(kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> str:
+    """Try to load a program of two instructions (``return 0``) and free it; returns "" or the kernel's reason.
+
+    Args:
+        kind: ``enum bpf_prog_type``; attach_type: ``enum bpf_attach_type`` for tracing programs.
+        attach_btf_id: BTF id of the function to trace, for tracing programs.
+    """
+    instructions = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)  # r0 = 0; exit
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    license_text = ctypes.create_string_buffer(b"Apache-2.0")
+    attributes = struct.pack(
+        "=IIQQIIQII16sIIIIQIIQIII",
+        kind, 2, ctypes.addressof(code), ctypes.addressof(license_text), 0, 0, 0, 0, 0, b"trial", 0, attach_type,
+        0, 0, 0, 0, 0, 0, 0, attach_btf_id, 0,
+    )  # fmt: skip
+    try:
+        os.close(_bpf(_PROG_LOAD, attributes))
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -1,0 +1,200 @@
+"""What this machine lets us observe, and how to get more: asked before anything loads, and by ``doctor``.
+
+Nothing is changed: the trial programs are two instructions long, attached to nothing, and freed at once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stallscope.tracer.capture.bcc_library import bcc_version
+from stallscope.tracer.capture.bpf import load_trial
+from stallscope.tracer.capture.btf import KERNEL_BTF, kernel_functions
+from stallscope.tracer.errors import SurroundingsError
+
+OK, LIMITED, FAILED = "ok", "limited", "failed"
+
+# Linux include/uapi/linux/capability.h
+_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_SYS_PTRACE": 19, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""Linux include/linux/proc_ns.h, PROC_PID_INIT_INO."""
+
+_PROG_KPROBE, _PROG_RAW_TRACEPOINT, _PROG_TRACING = 2, 17, 26
+_ATTACH_FENTRY = 24
+_OLDEST_KERNEL = (5, 8)
+"""BPF ring buffers: Linux commit 457f44363a88, v5.8."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One fact about this machine.
+
+    Attributes:
+        name: what was looked at; state: ``ok``, ``limited`` (works on a lower rung) or ``failed``.
+        detail: what was found; remedy: how to reach more, "" when nothing is missing.
+        needed: nothing can be traced without it.
+    """
+
+    name: str
+    state: str
+    detail: str
+    remedy: str = ""
+    needed: bool = False
+
+
+def check_machine() -> Iterator[Check]:
+    """Yield every check of the machine, the fatal ones first."""
+    yield _architecture()
+    yield _kernel()
+    yield _capabilities()
+    yield _pid_namespace()
+    yield _lockdown()
+    yield _bcc()
+    yield _uprobes()
+    yield _raw_tracepoints()
+    yield _btf()
+    yield _kprobes()
+    yield _fentry()
+    yield _headers()
+
+
+def require_capture() -> None:
+    """Check what capturing cannot do without.
+
+    Raises:
+        SurroundingsError: the first thing that is missing, with its remedy. bcc is not looked at: the
+            loader says it.
+    """
+    for check in (_architecture(), _kernel(), _capabilities(), _lockdown(), _uprobes()):
+        if check.state == FAILED:
+            raise SurroundingsError(f"{check.name}: {check.detail}; {check.remedy}")
+
+
+def _architecture() -> Check:
+    machine = platform.machine()
+    if machine == "x86_64":
+        return Check("architecture", OK, machine, needed=True)
+    return Check("architecture", FAILED, machine, "stallscope traces x86-64 only", needed=True)
+
+
+def _kernel() -> Check:
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    if numbers >= _OLDEST_KERNEL:
+        return Check("kernel", OK, release, needed=True)
+    return Check("kernel", FAILED, release, "BPF ring buffers need Linux 5.8 or newer", needed=True)
+
+
+def effective_capabilities() -> int:
+    """Return the bit mask of this process's effective capabilities."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def _capabilities() -> Check:
+    mask = effective_capabilities()
+    held = {name for name, bit in _CAPABILITIES.items() if mask >> bit & 1}
+    may_trace = "CAP_SYS_ADMIN" in held or {"CAP_BPF", "CAP_PERFMON"} <= held
+    user = f"uid {os.geteuid()}"
+    if not may_trace:
+        return Check("permission", FAILED, f"not root ({user})", "run it with sudo", needed=True)
+    missing = sorted({"CAP_SYS_PTRACE", "CAP_SYS_ADMIN"} - held)
+    if missing:
+        return Check(
+            "permission", LIMITED, f"{user} without {', '.join(missing)}",
+            "other users' processes and network namespaces are out of reach; run it with sudo", needed=True,
+        )  # fmt: skip
+    return Check("permission", OK, f"{user}, all capabilities that tracing needs", needed=True)
+
+
+def _pid_namespace() -> Check:
+    try:
+        initial = os.stat("/proc/self/ns/pid").st_ino == _INITIAL_PID_NAMESPACE
+    except OSError:
+        initial = True
+    if initial:
+        return Check("pid namespace", OK, "the initial one")
+    return Check(
+        "pid namespace", LIMITED, "inside a container",
+        "BPF sees the host's pids, so no event loop will be found; run on the host or with --pid=host",
+    )  # fmt: skip
+
+
+def _lockdown() -> Check:
+    try:
+        text = Path("/sys/kernel/security/lockdown").read_text(encoding="ascii").strip()
+    except OSError:
+        return Check("lockdown", OK, "none", needed=True)
+    mode = text[text.index("[") + 1 : text.index("]")] if "[" in text else text
+    if mode == "confidentiality":
+        return Check(
+            "lockdown", FAILED, "the kernel is locked down (confidentiality): BPF may not read memory",
+            "boot with lockdown=integrity or none", needed=True,
+        )  # fmt: skip
+    return Check("lockdown", OK, mode, needed=True)
+
+
+def _bcc() -> Check:
+    try:
+        return Check("bcc", OK, bcc_version(), needed=True)
+    except SurroundingsError as error:
+        detail, _, remedy = str(error).partition("; ")
+        return Check("bcc", FAILED, detail, remedy, needed=True)
+
+
+def _uprobes() -> Check:
+    if Path("/sys/bus/event_source/devices/uprobe/type").exists():
+        return Check("uprobes", OK, "functions are timed call by call", needed=True)
+    return Check("uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True)
+
+
+def _raw_tracepoints() -> Check:
+    reason = load_trial(_PROG_RAW_TRACEPOINT)
+    if not reason:
+        return Check("event loop", OK, "raw tracepoints sys_enter and sys_exit: every iteration is timed")
+    return Check("event loop", FAILED, f"raw tracepoint programs do not load ({reason})", "run as root on Linux 4.17 or newer")
+
+
+def _btf() -> Check:
+    try:
+        return Check("BTF", OK, f"{len(kernel_functions()):,} kernel functions in {KERNEL_BTF}")
+    except SurroundingsError as error:
+        detail, _, remedy = str(error).partition("; ")
+        return Check("BTF", LIMITED, detail, remedy)
+
+
+def _kprobes() -> Check:
+    if Path("/sys/bus/event_source/devices/kprobe/type").exists():
+        return Check("kprobes", OK, "available")
+    return Check(
+        "kprobes", LIMITED, "this kernel has none (CONFIG_KPROBES is off): overflows are sampled, not seen one by one",
+        "use a distribution kernel",
+    )  # fmt: skip
+
+
+def _fentry() -> Check:
+    try:
+        function = kernel_functions().get("tcp_conn_request")
+    except SurroundingsError:
+        function = None
+    if function is None:
+        return Check("fentry", LIMITED, "not possible without BTF", "use a kernel with CONFIG_DEBUG_INFO_BTF")
+    reason = load_trial(_PROG_TRACING, _ATTACH_FENTRY, function.type_id)
+    if not reason:
+        return Check("fentry", OK, "available")
+    return Check(
+        "fentry", LIMITED, f"the kernel refuses fentry programs ({reason})",
+        "use a kernel with CONFIG_FUNCTION_TRACER and CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS",
+    )  # fmt: skip
+
+
+def _headers() -> Check:
+    build = Path(f"/lib/modules/{platform.release()}/build")
+    found = "installed" if build.exists() else "not installed"
+    return Check("kernel headers", OK, f"{found}; not needed")

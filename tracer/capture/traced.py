@@ -1,0 +1,258 @@
+"""The traced processes and everything attached to them: which function is which probe, in which program."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from stallscope.probes import catalogue
+from stallscope.probes.catalogue import Decoder, Field
+from stallscope.tracer.capture.backlog import COUNTER_FIELDS, QUEUE_FIELDS
+from stallscope.tracer.capture.binary import Attachment
+from stallscope.tracer.capture.cost import CALIBRATION_PROBE
+from stallscope.tracer.capture.loader import Loader
+from stallscope.tracer.capture.program import (
+    ACCEPT_PROBE,
+    COUNTER_PROBE,
+    FIRST_CALL_PROBE,
+    ITERATION_PROBE,
+    QUEUE_PROBE,
+    CallProbe,
+    Program,
+)
+from stallscope.tracer.capture.redis_target import Target
+from stallscope.tracer.capture.symbols import Resolution, resolve
+from stallscope.tracer.errors import StallscopeError, SurroundingsError
+from stallscope.tracer.manifest import ACCEPT, CALL, COUNTER, ITERATION, QUEUE, Note, ProbeCounters, ProbeInfo
+from stallscope.tracer.units import format_duration_ns
+
+ITERATION_FIELDS = (Field("ready", "file descriptors", 0), Field("accepted", "connections", 1))
+ACCEPT_FIELDS = (Field("listener_fd", "file descriptor", 0), Field("fd", "file descriptor", 1, signed=True))
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What to trace.
+
+    Attributes:
+        functions: catalogue names, symbols, or ``LIBRARY:SYMBOL``.
+        min_duration_ns: calls shorter than this are counted in the kernel, not recorded.
+        stall_ns: event loop iterations shorter than this are counted, not recorded.
+        ring_bytes: size of each ring buffer, a power of two.
+    """
+
+    functions: Sequence[str]
+    min_duration_ns: int
+    stall_ns: int
+    sample_ns: int
+    ring_bytes: int
+
+
+def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
+    """Return the functions to trace: the catalogue's default set unless turned off, then the user's, each once."""
+    return list(dict.fromkeys([*(catalogue.default_functions() if defaults else ()), *extra]))
+
+
+class TracedSet:
+    """All traced processes, the probes on them, and the programs that run there.
+
+    Probe ids are given once and never reused: after a restart with another binary the same function has
+    a new id, because its arguments may lie elsewhere.
+    """
+
+    def __init__(self, options: TraceOptions) -> None:
+        """Start the compiler process; nothing is attached."""
+        self.options = options
+        self.targets: dict[int, Target] = {}
+        self.notes: list[Note] = []
+        self.probes: list[ProbeInfo] = _fixed_probes(options)
+        self.loop_attached = False
+        self._loader: Loader | None = Loader()
+        self._programs: list[Program] = []
+        self._owner: dict[int, Program] = {}
+        self._ids: dict[tuple[int, int, int, Decoder], int] = {}
+        self._handles: dict[int, list[tuple[Program, int]]] = {}
+
+    @property
+    def base(self) -> Program:
+        """The first program: it follows the event loops and holds the calibration probe."""
+        return self._programs[0]
+
+    def add(self, targets: Sequence[Target]) -> None:
+        """Resolve, compile and attach the functions in these processes.
+
+        Raises:
+            SurroundingsError: nothing at all can be attached to one of them; says why.
+        """
+        plans = {target.pid: self._plan(target) for target in targets}
+        new = [
+            CallProbe(probe, decoder)
+            for plan in plans.values()
+            for probe, decoder, _ in plan
+            if probe not in self._owner
+        ]
+        self._compile(list(dict.fromkeys(new)))
+        for target in targets:
+            self._attach(target, plans[target.pid])
+
+    def remove(self, pid: int) -> None:
+        """Let go of a process that has ended (or is to be left alone)."""
+        for program, handle in self._handles.pop(pid, []):
+            program.detach(handle)
+        self.base.unwatch_loop(pid)
+        target = self.targets.pop(pid, None)
+        if target is not None:
+            target.close()
+
+    def note(self, text: str) -> None:
+        """Keep something the reader of the recording must know."""
+        self.notes.append(Note(time.monotonic_ns(), text))
+
+    def read(self) -> npt.NDArray[np.void]:
+        """Return all waiting records (dtype ``EVENT``)."""
+        return np.concatenate([program.ring.read() for program in self._programs])
+
+    def counters(self) -> dict[int, ProbeCounters]:
+        """Return the in-kernel counters of every function, the event loop and accept."""
+        loop = (ITERATION_PROBE, ACCEPT_PROBE) if self.loop_attached else ()
+        totals = self.base.counters(loop)
+        for program in self._programs:
+            totals |= program.counters(probe for probe, owner in self._owner.items() if owner is program)
+        return totals
+
+    def detach(self) -> tuple[int, npt.NDArray[np.void]]:
+        """Detach everything.
+
+        Returns:
+            When that began (CLOCK_MONOTONIC ns, the end of the recording), and the spans that were under
+            way (dtype ``EVENT``, unfinished). The last records are still to be read.
+        """
+        ended_ns = time.monotonic_ns()
+        unfinished = np.concatenate([program.unfinished() for program in self._programs])
+        for program in self._programs:
+            program.detach_all()
+        return ended_ns, _under_way(unfinished, ended_ns, self.options.stall_ns)
+
+    def close(self) -> None:
+        """Detach and free everything; may be called at any time, more than once."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+        for program in self._programs:
+            program.close()
+        self._programs.clear()
+        for target in self.targets.values():
+            target.close()
+        self.targets.clear()
+
+    def _plan(self, target: Target) -> list[tuple[int, Decoder, Attachment]]:
+        """Return (probe id, decoder, place) for each place to attach to in a process."""
+        plan: dict[tuple[str, int], tuple[int, Decoder, Attachment]] = {}
+        for resolution in resolve(target.image, self.options.functions, redis_version=target.version or None):
+            if not resolution.attachments:
+                self.note(f"{resolution.function} is not traced in process {target.pid}: {resolution.reason}")
+            for attachment in resolution.attachments:
+                place = (attachment.path, attachment.offset)
+                if place in plan:
+                    self._describe(plan[place][0], also=resolution)
+                    continue
+                probe = self._probe_id(target, resolution, attachment)
+                plan[place] = (probe, resolution.decoder, attachment)
+        return list(plan.values())
+
+    def _probe_id(self, target: Target, resolution: Resolution, attachment: Attachment) -> int:
+        status = os.stat(attachment.path)
+        key = (status.st_dev, status.st_ino, attachment.offset, resolution.decoder)
+        probe = self._ids.get(key)
+        if probe is None:
+            probe = FIRST_CALL_PROBE + len(self._ids)
+            if probe >= CALIBRATION_PROBE:
+                raise SurroundingsError(f"more than {CALIBRATION_PROBE - FIRST_CALL_PROBE} probes; trace fewer functions or servers")
+            self._ids[key] = probe
+            info = ProbeInfo(
+                probe, resolution.function, CALL, "uprobe", resolution.decoder.fields, attachment.symbol,
+                resolution.library or target.exe, attachment.build_id, resolution.reason,
+            )  # fmt: skip
+            self.probes.append(info)
+        return probe
+
+    def _describe(self, probe: int, *, also: Resolution) -> None:
+        """Say at a probe that it stands for another function too (inlined into it, or another name of it)."""
+        index = next(index for index, info in enumerate(self.probes) if info.id == probe)
+        info = self.probes[index]
+        text = f"also stands for {also.function}: {also.reason}" if also.reason else f"also named {also.function}"
+        if text not in info.note:
+            self.probes[index] = replace(info, note="; ".join(part for part in (info.note, text) if part))
+
+    def _compile(self, calls: Sequence[CallProbe]) -> None:
+        if self._programs and not calls:
+            return
+        first = not self._programs
+        program = Program(
+            [*calls, CallProbe(CALIBRATION_PROBE, Decoder("none"))] if first else calls,
+            ring_bytes=self.options.ring_bytes,
+            min_duration_ns=self.options.min_duration_ns,
+            iteration_min_ns=self.options.stall_ns,
+            loop=first,
+            loader=self._loader,
+        )
+        self._loader = None
+        self._programs.append(program)
+        self._owner |= {call.probe: program for call in calls}
+        if first:
+            try:
+                program.attach_loop()
+                self.loop_attached = True
+            except SurroundingsError as error:
+                self.note(f"event loop iterations are not measured: {error}")
+
+    def _attach(self, target: Target, plan: Sequence[tuple[int, Decoder, Attachment]]) -> None:
+        failures: list[StallscopeError] = []
+        handles = self._handles.setdefault(target.pid, [])
+        for probe, _, attachment in plan:
+            program = self._owner[probe]
+            try:
+                handles += [(program, h) for h in program.attach_call(probe, attachment.path, attachment.offset, target.pid)]
+            except SurroundingsError as error:
+                failures.append(error)
+                self.note(str(error))
+                continue
+            index = next(index for index, info in enumerate(self.probes) if info.id == probe)
+            if target.pid not in self.probes[index].pids:
+                self.probes[index] = replace(self.probes[index], pids=(*self.probes[index].pids, target.pid))
+        if not handles and failures:
+            raise failures[0]
+        if not handles:
+            reasons = "; ".join(note.text for note in self.notes[-2:]) or "no function was asked for"
+            raise SurroundingsError(f"nothing to trace in process {target.pid} ({target.exe}): {reasons}")
+        self.base.watch_loop(target.pid)
+        self.targets[target.pid] = target
+
+
+def _fixed_probes(options: TraceOptions) -> list[ProbeInfo]:
+    sampled = f"sampled every {format_duration_ns(options.sample_ns)}"
+    return [
+        ProbeInfo(ITERATION_PROBE, "event loop iteration", ITERATION, "raw tracepoint", ITERATION_FIELDS),
+        ProbeInfo(ACCEPT_PROBE, "accept", ACCEPT, "raw tracepoint", ACCEPT_FIELDS),
+        ProbeInfo(QUEUE_PROBE, "accept queue", QUEUE, f"sock_diag, {sampled}", QUEUE_FIELDS),
+        ProbeInfo(COUNTER_PROBE, "kernel counter", COUNTER, f"/proc/PID/net/netstat, {sampled}", COUNTER_FIELDS),
+    ]
+
+
+def _under_way(unfinished: npt.NDArray[np.void], ended_ns: int, stall_ns: int) -> npt.NDArray[np.void]:
+    """Return the spans that were really under way at the end.
+
+    An iteration counts once it is a stall. A call in a thread whose event loop iteration began after it
+    was left behind by longjmp: that thread is elsewhere.
+    """
+    iterations = unfinished[unfinished["probe"] == ITERATION_PROBE]
+    calls = unfinished[unfinished["probe"] != ITERATION_PROBE]
+    began_ns = {int(row["tid"]): int(row["start_ns"]) for row in iterations}
+    alive = [int(row["start_ns"]) >= began_ns.get(int(row["tid"]), 0) for row in calls]
+    long_enough = [ended_ns - int(row["start_ns"]) >= stall_ns for row in iterations]
+    return np.concatenate([calls[np.array(alive, bool)], iterations[np.array(long_enough, bool)]])
