@@ -65,9 +65,8 @@ def pack(disk: BinaryIO, project: Path, command: str, time_limit_s: int) -> None
         try:
             for folder, folders, files in os.walk(project):
                 relative = Path(folder).relative_to(project)
-                links = [name for name in folders if Path(folder, name).is_symlink()]
                 kept = [name for name in sorted(folders) if goes_in((relative / name).as_posix(), True)]
-                folders[:] = [name for name in kept if name not in links]
+                folders[:] = kept  # os.walk does not enter links to folders: they stay links
                 named = [name for name in sorted(files) if goes_in((relative / name).as_posix(), False)]
                 for name in [*kept, *named]:
                     _add(tar, Path(folder, name), f"vagrant/{(relative / name).as_posix()}", own)

@@ -23,30 +23,14 @@ from .initrd import build_initrd
 STEP_TIMEOUT_S = 1800.0
 # Sparse: it takes about a third on the disk. The rest is room for what a command writes.
 IMAGE_MIB = 4096
-MKFS = (
-    "mke2fs",
-    "-q",
-    "-F",
-    "-t",
-    "ext4",
-    "-O",
-    "^has_journal,^metadata_csum",
-    "-E",
-    "lazy_itable_init=0,root_owner=0:0",
-)
+MKFS = ("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal,^metadata_csum")
+MKFS_EXTENDED = ("-E", "lazy_itable_init=0,root_owner=0:0")
+
+PROVISIONING = ("vagrant/provision.sh", "vagrant/packages.txt", "vagrant/requirements.txt")
 
 TOOLS = {"mke2fs": "e2fsprogs", "chroot": "coreutils", "unshare": "util-linux"}
-# Where pip downloads through in the tree, as on the host. The values may name files: see _HostNetwork.
-NETWORK_VARIABLES = (
-    "PIP_",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "SSL_CERT_FILE",
-)
+# Where pip downloads through in the tree, as on the host. The values may name files: see _host_network.
+NETWORK_VARIABLES = ("PIP_", "SSL_CERT_", "http_", "https_", "no_proxy", "HTTP_", "HTTPS_", "NO_PROXY")
 NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf")
 
 Note = Callable[[str], None]
@@ -82,18 +66,20 @@ def build(store: Path, note: Note, *, force: bool = False) -> bool:
     Raises:
         MachineError: A tool or a right is missing, or a step failed.
     """
+    if not force and is_current(store):
+        note(f"{store}/image is up to date")
+        return False
+    _check_host()
     store.mkdir(parents=True, exist_ok=True)
     with _locked(store, note):
-        if is_current(store) and not force:
-            note(f"{store}/image is up to date")
+        if not force and is_current(store):  # built by another while we waited
             return False
-        _check_host()
         started = time.monotonic()
 
         def progress(what: str) -> None:
             note(f"{time.monotonic() - started:4.0f} s  {what}")
 
-        for leftover in store.glob("build.*/"):
+        for leftover in store.glob("build.[0-9]*"):
             shutil.rmtree(leftover)
         work = store / f"build.{os.getpid()}"
         work.mkdir()
@@ -112,6 +98,7 @@ def build(store: Path, note: Note, *, force: bool = False) -> bool:
 def _build(work: Path, log: Path, progress: Note) -> None:
     tree, image = work / "tree", work / "image"
     image.mkdir()
+    (image / "inputs").write_text(f"{inputs.digest()}\n")
     log.write_bytes(b"")
     make_tree = str(inputs.PACKAGE / "guest/tree.sh")
     _step("the root tree", [make_tree, str(tree), *inputs.mirrors(), *inputs.packages()], log)
@@ -124,8 +111,7 @@ def _build(work: Path, log: Path, progress: Note) -> None:
     root = image / "root.img"
     with root.open("wb") as file:
         file.truncate(IMAGE_MIB << 20)
-    _step("the root disk", [*MKFS, "-d", str(tree), str(root)], log)
-    (image / "inputs").write_text(f"{inputs.digest()}\n")
+    _step("the root disk", [*MKFS, *MKFS_EXTENDED, "-d", str(tree), str(root)], log)
 
 
 def _provision(tree: Path, log: Path) -> None:
@@ -135,7 +121,7 @@ def _provision(tree: Path, log: Path) -> None:
     for folder in ("src", "tracer", "reports", "probes"):
         shutil.copytree(inputs.PROJECT / folder, project / folder, symlinks=True, ignore=ignore)
     (project / "vagrant").mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", *inputs.INPUT_FILES[:3]):
+    for name in ("pyproject.toml", "README.md", "LICENSE", *PROVISIONING):
         shutil.copy(inputs.PROJECT / name, project / name)
     variables = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",

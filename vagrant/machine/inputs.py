@@ -22,9 +22,8 @@ KERNELS = {
 # busybox is the initrd's shell and powers the machine off; mount is not in a minimal Debian.
 BASE_PACKAGES = ("busybox-static", "mount", *KERNELS.values())
 
-# Files whose content ends up in the image or decides what does.
+# Files that end up in the image or decide what does, beside the list of packages.
 INPUT_FILES = (
-    "vagrant/packages.txt",
     "vagrant/requirements.txt",
     "vagrant/provision.sh",
     "vagrant/machine/guest/tree.sh",
@@ -32,7 +31,6 @@ INPUT_FILES = (
     "vagrant/machine/guest/initrd-init",
     "vagrant/machine/image.py",
     "vagrant/machine/initrd.py",
-    "vagrant/machine/inputs.py",
 )
 # Of pyproject.toml only this decides what pip installs; the linters' tables may change freely.
 PROJECT_KEYS = ("name", "version", "requires-python", "dependencies", "scripts")
@@ -65,22 +63,23 @@ def digest(project: Path = PROJECT) -> str:
         raise MachineError(
             f"cannot read {error.filename}: {error.strerror}; use a complete checkout of the project"
         ) from error
-    whole.update(json.dumps([table.get(key) for key in PROJECT_KEYS], sort_keys=True).encode())
+    lists = [packages(project), list(KERNELS), [table.get(key) for key in PROJECT_KEYS]]
+    whole.update(json.dumps(lists, sort_keys=True).encode())
     return whole.hexdigest()[:16]
 
 
 def _project_table(pyproject: Path) -> dict[str, object]:
-    if sys.version_info < (3, 11):
-        raise MachineError(
-            f"cannot read {pyproject}: this Python has no tomllib; run vagrant/vm with Python 3.11 or newer"
-        )
-    import tomllib
+    if sys.version_info >= (3, 11):
+        import tomllib
 
-    try:
-        table: dict[str, object] = tomllib.loads(pyproject.read_text())["project"]
-    except (tomllib.TOMLDecodeError, KeyError) as error:
-        raise MachineError(f"cannot use {pyproject}: {error}; repair its [project] table") from error
-    return table
+        try:
+            table: dict[str, object] = tomllib.loads(pyproject.read_text())["project"]
+        except (tomllib.TOMLDecodeError, KeyError) as error:
+            raise MachineError(f"cannot use {pyproject}: {error}; repair its [project] table") from error
+        return table
+    raise MachineError(
+        f"cannot read {pyproject}: this Python has no tomllib; run vagrant/vm with Python 3.11 or newer"
+    )
 
 
 def mirrors(apt: Path = Path("/etc/apt")) -> tuple[str, str]:

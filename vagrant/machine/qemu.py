@@ -70,7 +70,7 @@ def arguments(machine: Machine, cargo_in: Path, cargo_out: Path, console: Path) 
     ]  # fmt: skip
 
 
-def kvm_works(command: tuple[str, ...] = (QEMU,), timeout_s: float = KVM_PROBE_TIMEOUT_S) -> bool:
+def kvm_works(timeout_s: float = KVM_PROBE_TIMEOUT_S, device: Path = Path("/dev/kvm")) -> bool:
     """Return whether a virtual CPU under KVM runs nine bytes of code within the time.
 
     A /dev/kvm that opens proves nothing: on some nested hosts its CPUs never get anywhere.
@@ -78,13 +78,13 @@ def kvm_works(command: tuple[str, ...] = (QEMU,), timeout_s: float = KVM_PROBE_T
     Raises:
         MachineError: qemu is not installed.
     """
-    if not Path("/dev/kvm").exists():
+    if not device.exists():
         return False
     with tempfile.NamedTemporaryFile(prefix="stallscope-vm.", suffix=".boot") as sector:
         sector.write(BOOT_SECTOR)
         sector.flush()
         probe = [
-            *command, "-nodefaults", "-no-user-config", "-display", "none", "-M", "pc", "-m", "16",
+            QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-M", "pc", "-m", "16",
             "-accel", "kvm", "-device", "isa-debug-exit,iobase=0xf4,iosize=1",
             "-drive", f"file={sector.name},format=raw,if=floppy,readonly=on",
         ]  # fmt: skip
