@@ -258,8 +258,9 @@ class TestRelease:
         released_s = self.RECIPE.release_s(100, started_s, redis_major=2)
         assert released_s + 3.3 == pytest.approx(visit_s)
 
-    def test_a_server_that_visits_everybody_each_second_gets_them_at_once(self) -> None:
+    def test_where_rounds_are_short_they_idle_once_the_recorder_could_attach(self) -> None:
         assert self.RECIPE.release_s(100, 104, redis_major=5) == 109
+        assert replace(self.RECIPE, idle=500).release_s(100, 104, redis_major=2) == 109
 
 
 @pytest.fixture(scope="module")

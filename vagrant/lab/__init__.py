@@ -1,9 +1,10 @@
 """The laboratory: the Redis builds, the load and the runner that reproduce the incident.
 
-Only the standard library is needed, so that a machine being provisioned can build the servers before
-anything else is installed. The modules, from the ground up: ``build`` makes the servers, ``server`` runs
-one, ``load`` is what its clients do, ``recipes`` names the loads that are known to reproduce something,
-and ``incident`` puts them together around a command.
+Only the standard library is needed (and tomli on Python 3.10), so that a machine being provisioned can
+build the servers before anything else is installed. The modules, from the ground up: ``build`` makes the
+servers, ``server`` runs one, ``recipes`` names the loads that are known to reproduce something, ``load``
+puts one on a server with the roles of ``clients`` and prints an ``outcome``, ``listener`` watches the
+kernel's side, and ``incident`` puts them together around a command.
 """
 
 from __future__ import annotations

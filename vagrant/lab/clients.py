@@ -178,8 +178,13 @@ class _SmallBuffers:
         self._connections = connections
         self._per_s = len(connections) / recipe.small_period_s
         self._sent = 0
-        for connection in connections:
+        for count, connection in enumerate(connections, 1):
             self._send(connection)
+            # Wait for an answer now and then: the window must not begin with the server behind.
+            if count % PACED_BY == 0 or count == len(connections):
+                connection.settimeout(CONNECT_TIMEOUT_S)
+                connection.recv(4096)
+                connection.setblocking(False)
 
     def send_due(self, elapsed_s: float) -> None:
         """Send what is due by now, and read the answers of the round before."""

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -33,6 +33,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from lab import LabError, LabUsageError
+from lab.load import RECIPE_OPTIONS, add_recipe_options, chosen_recipe
 from lab.outcome import Outcome
 from lab.recipes import RECIPES, Recipe, check
 from lab.server import FILES, HOST, LAUNCH, STOP_TIMEOUT_S, Server, running_server, stop
@@ -198,13 +199,8 @@ def _status(process: subprocess.Popen[bytes]) -> int:
 
 
 def _words(recipe: Recipe) -> list[str]:
-    """Return the recipe as the options of ``load.py``, every field of it."""
-    words = []
-    for field in fields(Recipe):
-        if field.name != "about":
-            flag = field.name.removesuffix("_per_s").removesuffix("_s").replace("_", "-")
-            words += [f"--{flag}", str(getattr(recipe, field.name))]
-    return words
+    """Return the recipe as options of ``load.py``, every field of it."""
+    return [word for flag, name, _, _ in RECIPE_OPTIONS for word in (flag, str(getattr(recipe, name)))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = run(
             command,
             build=options.server or options.build,
-            recipe=_chosen(options),
+            recipe=chosen_recipe(options),
             backlog=options.backlog,
             port=None if options.port == "auto" else int(options.port),
         )
@@ -243,13 +239,6 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     sys.exit(EXIT_SIGNALLED + number)
 
 
-def _chosen(options: argparse.Namespace) -> Recipe:
-    changes = {"duration_s": options.duration, "attach_s": options.attach}
-    return replace(
-        RECIPES[options.recipe], **{name: value for name, value in changes.items() if value is not None}
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,20 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--build", default="2.8.17", help="a build of build.py --list (default: %(default)s)")
     which.add_argument("--server", type=Path, metavar="PATH", help="any other redis-server")
-    parser.add_argument(
-        "--recipe", choices=RECIPES, default="incident", help="see load.py --recipes (default: %(default)s)"
-    )
+    add_recipe_options(parser, "incident")
     parser.add_argument(
         "--backlog", type=int, default=511, help="the server's tcp-backlog (default: %(default)s)"
     )
     parser.add_argument("--port", type=_port, default="auto", help="a port, or auto for a free one (default)")
     parser.add_argument("--load-json", type=Path, metavar="FILE", help="write what the clients met to FILE")
-    parser.add_argument(
-        "--attach", type=float, metavar="S", help="seconds in which nothing stalls (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--duration", type=float, metavar="S", help="seconds of load at most (default: the recipe's)"
-    )
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run meanwhile"
     )

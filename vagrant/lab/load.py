@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -36,6 +36,24 @@ from lab.recipes import RECIPES, Recipe, check
 PREPARE_TIMEOUT_S = 120.0
 REPORT_TIMEOUT_S = 60.0
 SPARE_FILES = 64
+
+RECIPE_OPTIONS: tuple[tuple[str, str, type, str], ...] = (
+    ("--name", "name", str, "what the document calls it"),
+    ("--idle", "idle", int, "idle clients"),
+    ("--uploaders", "uploaders", int, "clients stuck in a value"),
+    ("--announced-bytes", "announced_bytes", int, "the size of that value"),
+    ("--sent-ratio", "sent_ratio", float, "the part of it that was sent, 0 to 1"),
+    ("--small-buffers", "small_buffers", int, "clients with a short command now and then"),
+    ("--small-bytes", "small_bytes", int, "the value in it"),
+    ("--small-period", "small_period_s", float, "seconds between two of one client"),
+    ("--rate", "rate_per_s", float, "short connections per second"),
+    ("--timeout", "timeout_s", float, "seconds until such a client gives up"),
+    ("--ping-interval", "ping_interval_s", float, "seconds between PINGs"),
+    ("--attach", "attach_s", float, "seconds after the start in which no uploader can be trimmed"),
+    ("--after", "after_s", float, "seconds of load after they were trimmed"),
+    ("--duration", "duration_s", float, "seconds of load at most"),
+)
+"""Option, field of the recipe, type and help."""
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -83,7 +101,7 @@ def put_load(
         end_s = time.monotonic() + recipe.duration_s
         while time.monotonic() < end_s and not trimmed.is_set():
             _fail_if_one_ends(roles, min(0.05, end_s - time.monotonic()))
-        _fail_if_one_ends(roles, min(recipe.after_s, end_s - time.monotonic()))
+        _fail_if_one_ends(roles, max(0.0, min(recipe.after_s, end_s - time.monotonic())))
         stop.set()
         elapsed_s = (time.monotonic_ns() - started_ns) / 1e9
         reports = {role.name: _report(role) for role in roles}
@@ -162,9 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.port is None:
             raise LabUsageError("no --port is given; name the port of a Redis server on loopback")
-        outcome = put_load(
-            _chosen(options), options.port, options.host, _handshake if options.handshake else lambda: None
-        )
+        at_prepared = _handshake if options.handshake else lambda: None
+        outcome = put_load(chosen_recipe(options), options.port, options.host, at_prepared)
         print(outcome.to_json(), flush=True)
     except LabError as error:
         print(f"load.py: {error}", file=sys.stderr)
@@ -180,8 +197,22 @@ def _handshake() -> None:
         raise LabError("nobody asked for the start; the command that prepared this load is gone")
 
 
-def _chosen(options: argparse.Namespace) -> Recipe:
-    given = {each.name: getattr(options, each.name, None) for each in fields(Recipe)}
+def add_recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options that choose a recipe and change it; ``chosen_recipe`` reads them."""
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default=default,
+        help="see load.py --recipes (default: %(default)s)",
+    )
+    changes = parser.add_argument_group("changes to the recipe")
+    for flag, name, kind, text in RECIPE_OPTIONS:
+        changes.add_argument(flag, dest=name, type=kind, metavar="N", help=text)
+
+
+def chosen_recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe that the options of ``add_recipe_options`` describe."""
+    given = {name: getattr(options, name) for _, name, _, _ in RECIPE_OPTIONS}
     return replace(
         RECIPES[options.recipe], **{name: value for name, value in given.items() if value is not None}
     )
@@ -196,28 +227,8 @@ def _parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="an address in 127.0.0.0/8 (default: %(default)s)"
     )
     parser.add_argument("--port", type=int, help="the server's port")
-    parser.add_argument(
-        "--recipe", choices=RECIPES, default="quiet", help="what to start from (default: %(default)s)"
-    )
     parser.add_argument("--handshake", action="store_true", help="wait for a line on stdin before starting")
-    changes = parser.add_argument_group("changes to the recipe")
-    for flag, name, kind, text in (
-        ("--name", "name", str, "what the document calls it"),
-        ("--idle", "idle", int, "idle clients"),
-        ("--uploaders", "uploaders", int, "clients stuck in a value"),
-        ("--announced-bytes", "announced_bytes", int, "the size of that value"),
-        ("--sent-ratio", "sent_ratio", float, "the part of it that was sent, 0 to 1"),
-        ("--small-buffers", "small_buffers", int, "clients with a short command now and then"),
-        ("--small-bytes", "small_bytes", int, "the value in it"),
-        ("--small-period", "small_period_s", float, "seconds between two of one client"),
-        ("--rate", "rate_per_s", float, "short connections per second"),
-        ("--timeout", "timeout_s", float, "seconds until such a client gives up"),
-        ("--ping-interval", "ping_interval_s", float, "seconds between PINGs"),
-        ("--attach", "attach_s", float, "seconds after the start in which no uploader can be trimmed"),
-        ("--after", "after_s", float, "seconds of load after they were trimmed"),
-        ("--duration", "duration_s", float, "seconds of load at most"),
-    ):
-        changes.add_argument(flag, dest=name, type=kind, metavar="N", help=text)
+    add_recipe_options(parser, "quiet")
     return parser
 
 

@@ -85,7 +85,7 @@ class Recipe:
         Up to 3.2, clientsCron() visits max(50, clients / (10 * hz)) clients in every tick and takes new ones
         first: it visits the uploaders when they have connected, one round later, and so on. They must have
         idled at the visit that is caught, or they wait for another round. From 4.0 on it visits everybody
-        once a second, and trims after one second without a read.
+        once a second. Where rounds are that short, the uploaders need not wait for a visit in particular.
 
         Args:
             opened_s: when they connected, on any clock.
@@ -93,9 +93,9 @@ class Recipe:
             redis_major: the server's major version.
         """
         attached_s = started_s + self.attach_s
-        if redis_major >= 4:
-            return attached_s
         round_s = math.ceil(self.held / max(50, self.held // 100)) * TICK_S
+        if redis_major >= 4 or round_s < SURELY_IDLE_S + 0.5:
+            return attached_s
         visit_s = opened_s + math.ceil((attached_s - opened_s) / round_s) * round_s
         return visit_s - SURELY_IDLE_S
 
