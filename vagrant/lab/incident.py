@@ -111,7 +111,7 @@ class PreparedLoad:
 def prepared_load(server: Server, recipe: Recipe | str = "incident") -> Iterator[PreparedLoad]:
     """Bring a load's clients into place on a server and yield it, waiting; stop it whatever happens.
 
-    Attach what should see the load in between, or before.
+    Attach what should see the load in between, or before. The backlog is the server's, not the recipe's.
 
     Raises:
         LabError: a bound is broken or the clients could not be brought into place.
@@ -144,7 +144,6 @@ def run(
     *,
     build: str | Path = "2.8.17",
     recipe: Recipe | str = "incident",
-    backlog: int = 511,
     port: int | None = None,
 ) -> Result:
     """Run a command beside the load on a server of its own; ``{pid}`` and ``{port}`` are replaced in it.
@@ -154,7 +153,11 @@ def run(
     Raises:
         LabError: the server or the load failed, or the command could not be started.
     """
-    with running_server(build, backlog=backlog, port=port) as server, prepared_load(server, recipe) as load:
+    chosen = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    with (
+        running_server(build, backlog=chosen.backlog, port=port) as server,
+        prepared_load(server, chosen) as load,
+    ):
         if not command:
             load.start()
             return Result(None, load.outcome())
@@ -214,7 +217,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command,
             build=options.server or options.build,
             recipe=chosen_recipe(options),
-            backlog=options.backlog,
             port=None if options.port == "auto" else int(options.port),
         )
         if result.outcome is None:
@@ -247,9 +249,6 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--build", default="2.8.17", help="a build of build.py --list (default: %(default)s)")
     which.add_argument("--server", type=Path, metavar="PATH", help="any other redis-server")
     add_recipe_options(parser, "incident")
-    parser.add_argument(
-        "--backlog", type=int, default=511, help="the server's tcp-backlog (default: %(default)s)"
-    )
     parser.add_argument("--port", type=_port, default="auto", help="a port, or auto for a free one (default)")
     parser.add_argument("--load-json", type=Path, metavar="FILE", help="write what the clients met to FILE")
     parser.add_argument(

@@ -52,6 +52,7 @@ RECIPE_OPTIONS: tuple[tuple[str, str, type, str], ...] = (
     ("--attach", "attach_s", float, "seconds after the start in which no uploader can be trimmed"),
     ("--after", "after_s", float, "seconds of load after they were trimmed"),
     ("--duration", "duration_s", float, "seconds of load at most"),
+    ("--backlog", "backlog", int, "the tcp-backlog of the server that incident.py starts"),
 )
 """Option, field of the recipe, type and help."""
 

@@ -45,6 +45,7 @@ class Recipe:
         attach_s: what a recorder gets to attach: no uploader's buffer is trimmed sooner after the start.
         after_s: the window ends this long after the last of them was trimmed.
         duration_s: the measured window, at most.
+        backlog: the tcp-backlog of the server that ``incident.py`` starts for it.
     """
 
     name: str = "own"
@@ -62,6 +63,7 @@ class Recipe:
     attach_s: float = 0.0
     after_s: float = 2.0
     duration_s: float = 10.0
+    backlog: int = 511
 
     @property
     def held(self) -> int:
@@ -120,6 +122,17 @@ _ALL = (
         rate_per_s=1_500,
         attach_s=5,
         duration_s=30,
+    ),
+    Recipe(
+        name="little",
+        about="the incident in 0.5 GB and 10 s, for a small machine: 8 MB values, a backlog of 128",
+        idle=500,
+        uploaders=100,
+        announced_bytes=8_000_000,
+        rate_per_s=2_500,
+        attach_s=5,
+        duration_s=30,
+        backlog=128,
     ),
     Recipe(
         name="small-buffers",
