@@ -372,7 +372,7 @@ class TestCommand:
         ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
     )
     def test_everything_is_stopped_when_the_runner_is(
-        self, number: signal.Signals, status: int, left_over: list[psutil.Process]
+        self, number: signal.Signals, status: int, left_over: list[psutil.Process], tmp_path: Path
     ) -> None:
         # exec: the command itself must go when asked. After SIGKILL nobody can ask it: it sees its stdin end.
         command = self.words("sh", "-c", "echo started; exec cat")
@@ -381,6 +381,7 @@ class TestCommand:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
             start_new_session=True,
         ) as runner:
             assert runner.stdout is not None
