@@ -127,20 +127,16 @@ class Dwarf:
         with reading(self._shown):
             origins = {at for at, _ in self._entries_with_name(function, _TAG_SUBPROGRAM)}
             # Link-time optimisation repeats an entry in its own units and refers to the first.
-            for _ in range(3):
-                more = {
-                    at for origin in origins for at, _ in self._referring(origin, _TAG_SUBPROGRAM)
-                } - origins
-                if not more:
-                    break
-                origins |= more
             addresses = set()
-            for origin in origins:
-                for at, unit in self._referring(origin, _TAG_INLINED):
-                    address = self._entry_address(self._decode(at, unit), unit)
-                    if address:
-                        addresses.add(address)
-            return sorted(addresses)
+            waiting = list(origins)
+            while waiting:
+                for at, unit, entry in self._referring(waiting.pop()):
+                    if entry.tag == _TAG_INLINED:
+                        addresses.add(self._entry_address(entry, unit))
+                    elif entry.tag == _TAG_SUBPROGRAM and at not in origins:
+                        origins.add(at)
+                        waiting.append(at)
+            return sorted(addresses - {0})
 
     def _read_units(self) -> Iterator[_Unit]:
         data, at = self._info, 0
@@ -281,48 +277,46 @@ class Dwarf:
 
     def _entries_with_name(self, name: str, tag: int) -> Iterator[tuple[int, _Unit]]:
         text = name.encode() + b"\0"
-        for offset in _occurrences(self._strings, text):
-            pattern = struct.pack("<I", offset)
+        patterns = [struct.pack("<I", offset) for offset in _occurrences(self._strings, text)]
+        for pattern in (*patterns, text):
             for at in _occurrences(self._info, pattern):
-                yield from self._entry_around(at, tag, _AT_NAME)
-        for at in _occurrences(self._info, text):
-            yield from self._entry_around(at, tag, _AT_NAME)
+                found = self._entry_around(at, (_AT_NAME,))
+                if found is not None and found[2].tag == tag:
+                    yield found[:2]
 
-    def _referring(self, origin: int, tag: int) -> Iterator[tuple[int, _Unit]]:
+    def _referring(self, origin: int) -> Iterator[tuple[int, _Unit, _Entry]]:
+        """Yield the entries that are copies of an entry, in its own unit and in others."""
         unit = self._unit_of(origin)
         if unit is None:
             return
-        for attribute in (_AT_ORIGIN, _AT_SPECIFICATION):
-            near = struct.pack("<I", origin - unit.start)
-            for at in _occurrences(self._info, near, unit.dies, unit.end):
-                for found, found_unit in self._entry_around(at, tag, attribute):
-                    if self._decode(found, found_unit).attributes[attribute][0] == _FORM_REF4:
-                        yield found, found_unit
-            for at in _occurrences(self._info, struct.pack("<I", origin)):
-                for found, found_unit in self._entry_around(at, tag, attribute):
-                    if self._decode(found, found_unit).attributes[attribute][0] == _FORM_REF_ADDR:
-                        yield found, found_unit
+        near = _occurrences(self._info, struct.pack("<I", origin - unit.start), unit.dies, unit.end)
+        far = _occurrences(self._info, struct.pack("<I", origin))
+        for places, form in ((near, _FORM_REF4), (far, _FORM_REF_ADDR)):
+            for at in places:
+                found = self._entry_around(at, (_AT_ORIGIN, _AT_SPECIFICATION))
+                if found is not None and any(one[::2] == (form, at) for one in found[2].attributes.values()):
+                    yield found
 
-    def _entry_around(self, position: int, tag: int, attribute: int) -> Iterator[tuple[int, _Unit]]:
-        """Yield the entry of this tag whose given attribute stands exactly at a position, if there is one."""
+    def _entry_around(self, position: int, wanted: tuple[int, ...]) -> tuple[int, _Unit, _Entry] | None:
+        """Return the entry that has one of the wanted attributes exactly at a position, if there is one."""
         unit = self._unit_of(position)
         if unit is None:
-            return
+            return None
         table = self._abbreviations(unit.abbreviations)
-        best, best_tag = -1, 0
+        best = None
         for start in range(position - 1, max(position - 24, unit.dies - 1), -1):
             try:
                 code, _ = _uleb(self._info, start)
-                if code not in table or not any(one == attribute for one, _, _ in table[code][2]):
+                if code not in table or not any(one in wanted for one, _, _ in table[code][2]):
                     continue
                 entry = self._decode(start, unit)
             except (ValueError, LookupError):
                 continue
             # The second byte of a two-byte code may itself be a code: the longest is the entry.
-            if entry.attributes[attribute][2] == position and self._is_plausible(entry, unit):
-                best, best_tag = start, entry.tag
-        if best_tag == tag:
-            yield best, unit
+            stands = any(entry.attributes.get(one, (0, 0, -1))[2] == position for one in wanted)
+            if stands and self._is_plausible(entry, unit):
+                best = start, unit, entry
+        return best
 
     def _is_plausible(self, entry: _Entry, unit: _Unit) -> bool:
         for attribute, (form, value, _) in entry.attributes.items():
