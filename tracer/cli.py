@@ -59,20 +59,49 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("-p", "--pid", "pids", type=click.IntRange(min=1), multiple=True, help="Process to trace; may be repeated.")
+@click.option(
+    "-p",
+    "--pid",
+    "pids",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Process to trace; may be repeated.",
+)
 @click.option(
     "--port", "ports", type=click.IntRange(1, 65535), multiple=True,
     help="Trace the server on this TCP port, and its successor when it restarts; may be repeated.",
 )  # fmt: skip
-@click.option("-d", "--duration", type=DURATION, default="0", help="How long, as 30s or 5m; until Ctrl-C if not given.")
+@click.option(
+    "-d", "--duration", type=DURATION, default="0", help="How long, as 30s or 5m; until Ctrl-C if not given."
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Recording to write.")
 @click.option("--force", is_flag=True, help="Overwrite the recording if it exists.")
-@click.option("--probe", "probes", multiple=True, metavar="[LIB:]FUNC", help="Trace this function too; may be repeated.")
-@click.option("--no-default-probes", is_flag=True, help="Trace only the functions given with --probe, in any program.")
-@click.option("--min-duration", type=DURATION, default="0", show_default=True, help="Count shorter calls without recording them.")
-@click.option("--stall", type=DURATION, default="10ms", show_default=True, help="Record event loop iterations at least this long.")
-@click.option("--sample", type=DURATION, default="10ms", show_default=True, help="Interval of the accept queue samples.")
-@click.option("--ring-size", type=SIZE, default="8M", show_default=True, help="Ring buffer between kernel and recorder.")
+@click.option(
+    "--probe", "probes", multiple=True, metavar="[LIB:]FUNC", help="Trace this function too; may be repeated."
+)
+@click.option(
+    "--no-default-probes", is_flag=True, help="Trace only the functions given with --probe, in any program."
+)
+@click.option(
+    "--min-duration",
+    type=DURATION,
+    default="0",
+    show_default=True,
+    help="Count shorter calls without recording them.",
+)
+@click.option(
+    "--stall",
+    type=DURATION,
+    default="10ms",
+    show_default=True,
+    help="Record event loop iterations at least this long.",
+)
+@click.option(
+    "--sample", type=DURATION, default="10ms", show_default=True, help="Interval of the accept queue samples."
+)
+@click.option(
+    "--ring-size", type=SIZE, default="8M", show_default=True, help="Ring buffer between kernel and recorder."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress line.")
 def record(
     pids: tuple[int, ...], ports: tuple[int, ...], duration: int, output: Path | None, force: bool,
@@ -101,7 +130,9 @@ def record(
         raise UsageError("--sample is below 1ms; the sampler would cost more than it shows")
     if ring_size < 65536 or ring_size & (ring_size - 1):
         raise UsageError("--ring-size must be a power of two and at least 64K, as 8M")
-    trace = TraceOptions(requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size)
+    trace = TraceOptions(
+        requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size
+    )
     options = RecordOptions(
         pids, ports, new_recording_path(output, force=force), trace, duration, no_default_probes,
         os.environ.get("REDISCLI_AUTH", ""), tuple(sys.argv),
@@ -112,7 +143,9 @@ def record(
         signal.signal(number, lambda received, _: recorder.stop(signal.Signals(received).name))
     if not quiet:
         took = format_duration_ns(recorder.attached_ns - started_ns)
-        click.echo(f"recording to {options.output} (all probes attached after {took}); Ctrl-C ends it", err=True)
+        click.echo(
+            f"recording to {options.output} (all probes attached after {took}); Ctrl-C ends it", err=True
+        )
     printer = _ProgressPrinter(quiet=quiet)
     manifest = recorder.run(printer.show)
     printer.end()
@@ -122,8 +155,11 @@ def record(
         f"see: stallscope summary {shlex.quote(str(options.output))}",
         err=True,
     )
-    if progress.lost > _MAX_LOST_SHARE * max(progress.rows + progress.lost, 1):
-        click.echo(f"stallscope: {progress.lost:,} events were lost; use a larger --ring-size or a --min-duration", err=True)
+    if progress.lost > _MAX_LOST_SHARE * max(progress.hits, 1):
+        click.echo(
+            f"stallscope: {progress.lost:,} events were lost; use a larger --ring-size or a --min-duration",
+            err=True,
+        )
         sys.exit(EXIT_DATA_LOST)
 
 
@@ -192,7 +228,13 @@ def summary(file: Path, as_json: bool) -> None:
 @cli.command()
 @click.option("-p", "--pid", type=click.IntRange(min=1), help="A running server.")
 @click.option("--binary", type=click.Path(path_type=Path), help="A server's binary.")
-@click.option("--probe", "probes", multiple=True, metavar="[LIB:]FUNC", help="Look for this function too; may be repeated.")
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    metavar="[LIB:]FUNC",
+    help="Look for this function too; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def probes(pid: int | None, binary: Path | None, probes: tuple[str, ...], as_json: bool) -> None:
     """Show what can be traced in a server: where each function is, or why not and what is used instead.

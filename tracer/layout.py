@@ -16,7 +16,16 @@ import numpy.typing as npt
 
 _STRUCT = re.compile(r"struct\s+(\w+)\s*\{(.*?)\n\};", re.DOTALL)
 _MEMBER = re.compile(r"^\s*(u64|s64|u32|s32|u16|s16|u8|s8)\s+(\w+)(?:\[(\d+)\])?;", re.MULTILINE)
-_NUMPY_TYPE = {"u64": "<u8", "s64": "<i8", "u32": "<u4", "s32": "<i4", "u16": "<u2", "s16": "<i2", "u8": "u1", "s8": "i1"}
+_NUMPY_TYPE = {
+    "u64": "<u8",
+    "s64": "<i8",
+    "u32": "<u4",
+    "s32": "<i4",
+    "u16": "<u2",
+    "s16": "<i2",
+    "u8": "u1",
+    "s8": "i1",
+}
 
 UNFINISHED_NS = 2**64 - 1
 """``duration_ns`` of a span that had not ended when it was recorded (``UNFINISHED_NS`` in event.h)."""
@@ -66,7 +75,9 @@ BUSY_BIT = np.uint32(1 << 31)
 DISCARD_BIT = np.uint32(1 << 30)
 
 
-def waiting_records(data: npt.NDArray[np.void], consumer: int, producer: int) -> tuple[npt.NDArray[np.void], int]:
+def waiting_records(
+    data: npt.NDArray[np.void], consumer: int, producer: int
+) -> tuple[npt.NDArray[np.void], int]:
     """Return a view of the committed records and the new consumer position.
 
     Args:

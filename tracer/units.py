@@ -6,7 +6,15 @@ import re
 
 from stallscope.tracer.errors import UsageError
 
-_UNIT_NS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60_000_000_000, "h": 3_600_000_000_000}
+_UNIT_NS = {
+    "ns": 1,
+    "us": 1_000,
+    "µs": 1_000,
+    "ms": 1_000_000,
+    "s": 1_000_000_000,
+    "m": 60_000_000_000,
+    "h": 3_600_000_000_000,
+}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|µs|ms|s|m|h)")
 
 
@@ -21,7 +29,9 @@ def parse_duration_ns(text: str) -> int:
         return 0
     match = _DURATION.fullmatch(stripped)
     if match is None:
-        raise UsageError(f'cannot read "{text}" as a duration; write a number and a unit, as 500us, 10ms, 2s or 1m')
+        raise UsageError(
+            f'cannot read "{text}" as a duration; write a number and a unit, as 500us, 10ms, 2s or 1m'
+        )
     return round(float(match[1]) * _UNIT_NS[match[2]])
 
 

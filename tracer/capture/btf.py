@@ -42,7 +42,9 @@ def kernel_functions(path: Path = KERNEL_BTF) -> dict[str, KernelFunction]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise SurroundingsError(f"this kernel has no BTF: {path} is not readable; use a kernel with CONFIG_DEBUG_INFO_BTF") from error
+        raise SurroundingsError(
+            f"this kernel has no BTF: {path} is not readable; use a kernel with CONFIG_DEBUG_INFO_BTF"
+        ) from error
     try:
         return _functions(data)
     except (struct.error, IndexError, ValueError, KeyError) as error:
@@ -50,7 +52,9 @@ def kernel_functions(path: Path = KERNEL_BTF) -> dict[str, KernelFunction]:
 
 
 def _functions(data: bytes) -> dict[str, KernelFunction]:
-    magic, _, _, header_bytes, type_offset, type_bytes, string_offset, string_bytes = _HEADER.unpack_from(data)
+    magic, _, _, header_bytes, type_offset, type_bytes, string_offset, string_bytes = _HEADER.unpack_from(
+        data
+    )
     if magic != _MAGIC:
         raise ValueError(magic)
     strings = data[header_bytes + string_offset : header_bytes + string_offset + string_bytes]

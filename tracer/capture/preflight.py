@@ -19,7 +19,13 @@ from stallscope.tracer.errors import SurroundingsError
 OK, LIMITED, FAILED = "ok", "limited", "failed"
 
 # Linux include/uapi/linux/capability.h
-_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_SYS_PTRACE": 19, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_CAPABILITIES = {
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_NET_ADMIN": 12,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """Linux include/linux/proc_ns.h, PROC_PID_INIT_INO."""
 
@@ -151,14 +157,21 @@ def _bcc() -> Check:
 def _uprobes() -> Check:
     if Path("/sys/bus/event_source/devices/uprobe/type").exists():
         return Check("uprobes", OK, "functions are timed call by call", needed=True)
-    return Check("uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True)
+    return Check(
+        "uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True
+    )
 
 
 def _raw_tracepoints() -> Check:
     reason = load_trial(_PROG_RAW_TRACEPOINT)
     if not reason:
         return Check("event loop", OK, "raw tracepoints sys_enter and sys_exit: every iteration is timed")
-    return Check("event loop", FAILED, f"raw tracepoint programs do not load ({reason})", "run as root on Linux 4.17 or newer")
+    return Check(
+        "event loop",
+        FAILED,
+        f"raw tracepoint programs do not load ({reason})",
+        "run as root on Linux 4.17 or newer",
+    )
 
 
 def _btf() -> Check:

@@ -17,7 +17,7 @@ from stallscope.tracer.capture.backlog import BacklogSampler
 from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_call_ns, own_cpu_ns
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE
+from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
 from stallscope.tracer.capture.redis_target import (
     Target,
     find_by_port,
@@ -71,7 +71,7 @@ class Progress:
         calls: calls recorded or counted; stalls: iterations over the threshold.
         longest_stall_ns: 0 while there was none; a stall under way counts.
         overflows: ListenOverflows since the start, of all namespaces watched.
-        lost: events that could not be kept.
+        hits: calls, iterations and accepts seen; lost: those of them that could not be kept.
         traced_share: estimated share of time the probes took from the traced processes.
         own_share: CPU share of this process.
     """
@@ -82,7 +82,7 @@ class Progress:
     longest_stall_ns: int = 0
     overflows: int = 0
     lost: int = 0
-    rows: int = 0
+    hits: int = 0
     traced_share: float = 0.0
     own_share: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -106,12 +106,15 @@ class Recorder:
         self._targets: dict[int, TargetInfo] = {}
         self._port_of: dict[int, int] = {}
         self._call_cost_ns = self._system_call_cost_ns = 0.0
+        self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
         self._sampler = BacklogSampler()
         try:
             before_ns = measure_system_call_ns()
-            self._add(self._open_all())
+            self._started_ns = self._add(self._open_all())
             self.attached_ns = time.monotonic_ns()
+            self._wall_offset_ns = time.time_ns() - self.attached_ns
+            self._cpu_ns = own_cpu_ns()
             self._system_call_cost_ns = max(measure_system_call_ns() - before_ns, 0.0)
             self._call_cost_ns = measure_call_cost_ns(self._traced.base)
         except BaseException:
@@ -135,9 +138,6 @@ class Recorder:
         Raises:
             StallscopeError: the file cannot be written; what was written before stays readable.
         """
-        self._started_ns = time.monotonic_ns()
-        self._cpu_ns = own_cpu_ns()
-        self._wall_offset_ns = time.time_ns() - self._started_ns
         with RecordingWriter(self.options.output, self._manifest()) as writer:
             try:
                 return self._record(writer, on_progress)
@@ -167,7 +167,11 @@ class Recorder:
             if now_ns >= next_flush or sum(map(len, pending)) >= FLUSH_ROWS:
                 next_flush = now_ns + FLUSH_NS
                 manifest = self._manifest()
-                writer.write(np.concatenate(pending), Counters(now_ns, self._counters()), None if manifest == last else manifest)
+                writer.write(
+                    np.concatenate(pending),
+                    Counters(now_ns, self._counters(now_ns)),
+                    None if manifest == last else manifest,
+                )
                 pending.clear()
                 last = manifest
                 if (now_ns - self._started_ns) // 1_000_000_000 > shown:
@@ -176,13 +180,19 @@ class Recorder:
         return self._finish(writer, pending, on_progress)
 
     def _finish(
-        self, writer: RecordingWriter, pending: list[npt.NDArray[np.void]], on_progress: Callable[[Progress], None]
+        self,
+        writer: RecordingWriter,
+        pending: list[npt.NDArray[np.void]],
+        on_progress: Callable[[Progress], None],
     ) -> Manifest:
         pending.append(self._sampler.sample(time.monotonic_ns()))
         self._ask_servers("_end")
-        ended_ns, unfinished = self._traced.detach()
-        pending += [self._look_at(self._traced.read()), unfinished]
-        counters = self._counters(ended_ns)
+        used_ns = own_cpu_ns() - self._cpu_ns
+        ended_ns, unfinished, counters = self._traced.stop()
+        missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
+        counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
+        pending += [counted, _without(unfinished, counted)]
+        self._show(counters, ended_ns)
         namespaces = tuple(
             replace(info, counters_end=end)
             for info, end in zip(self._sampler.namespaces, self._sampler.counters_now(), strict=True)
@@ -193,7 +203,7 @@ class Recorder:
             ended_ns=ended_ns,
             wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
             ended_by=self._ended_by,
-            cost=self._cost(counters, ended_ns),
+            cost=self._cost(counters, ended_ns, used_ns),
         )
         writer.finish(np.concatenate(pending), Counters(ended_ns, counters), manifest)
         on_progress(self.progress)
@@ -212,28 +222,35 @@ class Recorder:
 
     def _look_at(self, events: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Return the events, having taken from them what the progress line shows."""
-        durations = events["duration_ns"][(events["probe"] == ITERATION_PROBE) & (events["duration_ns"] != UNFINISHED_NS)]
+        durations = events["duration_ns"][
+            (events["probe"] == ITERATION_PROBE) & (events["duration_ns"] != UNFINISHED_NS)
+        ]
         if durations.size:
             self.progress.stalls += int(durations.size)
             self.progress.longest_stall_ns = max(self.progress.longest_stall_ns, int(durations.max()))
-        self.progress.rows += len(events)
+        self._rows += np.bincount(events["probe"], minlength=MAX_PROBES)
         return events
 
-    def _counters(self, now_ns: int | None = None) -> dict[int, ProbeCounters]:
+    def _counters(self, now_ns: int) -> dict[int, ProbeCounters]:
         """Return the in-kernel counters, having updated the progress from them."""
         counters = self._traced.counters()
+        self._show(counters, now_ns)
+        return counters
+
+    def _show(self, counters: dict[int, ProbeCounters], now_ns: int) -> None:
+        """Update the progress."""
         progress = self.progress
         calls = [counter for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE]
         progress.calls = sum(counter.hits for counter in calls)
+        progress.hits = sum(counter.hits for counter in counters.values())
         progress.lost = sum(counter.missing for counter in counters.values())
         progress.overflows = self._sampler.overflows()
-        progress.elapsed_ns = max((now_ns or time.monotonic_ns()) - self._started_ns, 1)
+        progress.elapsed_ns = max(now_ns - self._started_ns, 1)
         progress.traced_share = progress.calls * self._call_cost_ns / progress.elapsed_ns
         progress.own_share = (own_cpu_ns() - self._cpu_ns) / progress.elapsed_ns
         progress.notes = [note.text for note in self._traced.notes]
-        return counters
 
-    def _cost(self, counters: dict[int, ProbeCounters], ended_ns: int) -> dict[str, float]:
+    def _cost(self, counters: dict[int, ProbeCounters], ended_ns: int, used_ns: int) -> dict[str, float]:
         """Return what tracing cost; keys carry their units."""
         hits = sum(counter.hits for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE)
         return {
@@ -241,7 +258,7 @@ class Recorder:
             "system_call_cost_ns": self._system_call_cost_ns,
             "calls_traced": float(hits),
             "traced_process_ns": hits * self._call_cost_ns,
-            "own_cpu_ns": float(own_cpu_ns() - self._cpu_ns),
+            "own_cpu_ns": float(used_ns),
             "elapsed_ns": float(ended_ns - self._started_ns),
         }
 
@@ -261,17 +278,19 @@ class Recorder:
             raise
         return targets
 
-    def _add(self, targets: Sequence[Target]) -> None:
-        """Attach to processes and watch their listeners."""
-        now_ns = time.monotonic_ns()
-        self._traced.add(targets)
-        for target in targets:
-            namespace = self._sampler.add_target(target.pid)
+    def _add(self, targets: Sequence[Target]) -> int:
+        """Watch the listeners of processes and attach to them; returns when attaching began, CLOCK_MONOTONIC ns."""
+        self._traced.prepare(targets)
+        namespaces = [self._sampler.add_target(target.pid) for target in targets]
+        began_ns = time.monotonic_ns()
+        self._traced.attach(targets)
+        for target, namespace in zip(targets, namespaces, strict=True):
             self._targets[target.pid] = TargetInfo(
-                target.pid, now_ns, target.exe, target.image.exe.build_id, target.product,
+                target.pid, began_ns, target.exe, target.image.exe.build_id, target.product,
                 target.version, target.allocator, namespace,
             )  # fmt: skip
         self._ask_servers("")
+        return began_ns
 
     def _follow_targets(self) -> None:
         """Let go of servers that ended, and take up those that came back on a wanted port."""
@@ -320,7 +339,9 @@ class Recorder:
             return
         found = server_information(pid, port, self.options.password)
         info = self._targets[pid]
-        self._targets[pid] = replace(info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()})
+        self._targets[pid] = replace(
+            info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()}
+        )
 
     def _manifest(self) -> Manifest:
         options = self.options.trace
@@ -351,3 +372,22 @@ class Recorder:
             },
             notes=tuple(self._traced.notes),
         )
+
+
+def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:
+    """Return the first ``counts[probe]`` events of each probe, in their order.
+
+    The counters were read before detaching, and calls went on until that was done: only what was counted
+    is kept, so that rows and counters agree exactly.
+    """
+    keep = np.zeros(len(events), bool)
+    for probe, count in counts.items():
+        keep[np.flatnonzero(events["probe"] == probe)[: max(count, 0)]] = True
+    return events[keep]
+
+
+def _without(unfinished: npt.NDArray[np.void], finished: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """Return the unfinished spans that did not finish after all before the counters were read."""
+    done = {(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) for row in finished}
+    alive = [(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) not in done for row in unfinished]
+    return unfinished[np.array(alive, bool)]

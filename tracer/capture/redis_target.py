@@ -34,7 +34,14 @@ _INFO_FIELDS = (
     "total_commands_processed",
     "rejected_connections",
 )
-_CONFIG_FIELDS = ("tcp-backlog", "maxclients", "hz", "timeout", "client-query-buffer-limit", "activerehashing")
+_CONFIG_FIELDS = (
+    "tcp-backlog",
+    "maxclients",
+    "hz",
+    "timeout",
+    "client-query-buffer-limit",
+    "activerehashing",
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,9 @@ def open_target(pid: int, *, any_program: bool = False) -> Target:
     try:
         exe_id = _exe_id(pid)
         if exe_id is None:
-            raise TargetError(f"process {pid} ({_name(pid)}) has no program file that can be read; is it a kernel thread?")
+            raise TargetError(
+                f"process {pid} ({_name(pid)}) has no program file that can be read; is it a kernel thread?"
+            )
         image = open_process(pid)
         product = image.exe.server
         if not product and not any_program:
@@ -131,9 +140,13 @@ def find_by_port(port: int) -> list[int]:
     """
     pids = pids_listening_on(port)
     if not pids:
-        others = ", ".join(f"{pid} on {' '.join(map(str, sorted(listening_ports(pid)))) or 'no port'}" for pid in _redis_like_pids())
+        others = ", ".join(
+            f"{pid} on {' '.join(map(str, sorted(listening_ports(pid)))) or 'no port'}"
+            for pid in _redis_like_pids()
+        )
         raise TargetError(
-            f"no Redis or Valkey server listens on port {port}; " + (f"found pid {others}" if others else "none is running here")
+            f"no Redis or Valkey server listens on port {port}; "
+            + (f"found pid {others}" if others else "none is running here")
         )
     return pids
 

@@ -77,28 +77,39 @@ class TracedSet:
         self._owner: dict[int, Program] = {}
         self._ids: dict[tuple[int, int, int, Decoder], int] = {}
         self._handles: dict[int, list[tuple[Program, int]]] = {}
+        self._plans: dict[int, list[tuple[int, Decoder, Attachment]]] = {}
 
     @property
     def base(self) -> Program:
         """The first program: it follows the event loops and holds the calibration probe."""
         return self._programs[0]
 
-    def add(self, targets: Sequence[Target]) -> None:
-        """Resolve, compile and attach the functions in these processes.
+    def prepare(self, targets: Sequence[Target]) -> None:
+        """Find the functions in these processes and compile and load what they need; nothing is attached.
+
+        Raises:
+            SurroundingsError: bcc is missing or cannot compile here.
+            SymbolError: a binary cannot be read.
+        """
+        for target in targets:
+            self._plans[target.pid] = self._plan(target)
+        places = [place for target in targets for place in self._plans[target.pid]]
+        self._compile(
+            list(
+                dict.fromkeys(
+                    CallProbe(probe, decoder) for probe, decoder, _ in places if probe not in self._owner
+                )
+            )
+        )
+
+    def attach(self, targets: Sequence[Target]) -> None:
+        """Attach to processes that were prepared.
 
         Raises:
             SurroundingsError: nothing at all can be attached to one of them; says why.
         """
-        plans = {target.pid: self._plan(target) for target in targets}
-        new = [
-            CallProbe(probe, decoder)
-            for plan in plans.values()
-            for probe, decoder, _ in plan
-            if probe not in self._owner
-        ]
-        self._compile(list(dict.fromkeys(new)))
         for target in targets:
-            self._attach(target, plans[target.pid])
+            self._attach(target, self._plans.pop(target.pid))
 
     def remove(self, pid: int) -> None:
         """Let go of a process that has ended (or is to be left alone)."""
@@ -115,7 +126,8 @@ class TracedSet:
 
     def read(self) -> npt.NDArray[np.void]:
         """Return all waiting records (dtype ``EVENT``)."""
-        return np.concatenate([program.ring.read() for program in self._programs])
+        events = np.concatenate([program.ring.read() for program in self._programs])
+        return events[events["probe"] != CALIBRATION_PROBE]
 
     def counters(self) -> dict[int, ProbeCounters]:
         """Return the in-kernel counters of every function, the event loop and accept."""
@@ -125,18 +137,20 @@ class TracedSet:
             totals |= program.counters(probe for probe, owner in self._owner.items() if owner is program)
         return totals
 
-    def detach(self) -> tuple[int, npt.NDArray[np.void]]:
-        """Detach everything.
+    def stop(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
+        """Take the final state, then detach everything (which takes tenths of a second).
 
         Returns:
-            When that began (CLOCK_MONOTONIC ns, the end of the recording), and the spans that were under
-            way (dtype ``EVENT``, unfinished). The last records are still to be read.
+            When it ended (CLOCK_MONOTONIC ns), the spans that were under way (dtype ``EVENT``,
+            unfinished), and the in-kernel counters at that moment. Records up to it, and some later ones,
+            are still to be read.
         """
         ended_ns = time.monotonic_ns()
         unfinished = np.concatenate([program.unfinished() for program in self._programs])
+        counters = self.counters()
         for program in self._programs:
             program.detach_all()
-        return ended_ns, _under_way(unfinished, ended_ns, self.options.stall_ns)
+        return ended_ns, _under_way(unfinished, ended_ns, self.options.stall_ns), counters
 
     def close(self) -> None:
         """Detach and free everything; may be called at any time, more than once."""
@@ -172,7 +186,9 @@ class TracedSet:
         if probe is None:
             probe = FIRST_CALL_PROBE + len(self._ids)
             if probe >= CALIBRATION_PROBE:
-                raise SurroundingsError(f"more than {CALIBRATION_PROBE - FIRST_CALL_PROBE} probes; trace fewer functions or servers")
+                raise SurroundingsError(
+                    f"more than {CALIBRATION_PROBE - FIRST_CALL_PROBE} probes; trace fewer functions or servers"
+                )
             self._ids[key] = probe
             info = ProbeInfo(
                 probe, resolution.function, CALL, "uprobe", resolution.decoder.fields, attachment.symbol,
@@ -185,7 +201,11 @@ class TracedSet:
         """Say at a probe that it stands for another function too (inlined into it, or another name of it)."""
         index = next(index for index, info in enumerate(self.probes) if info.id == probe)
         info = self.probes[index]
-        text = f"also stands for {also.function}: {also.reason}" if also.reason else f"also named {also.function}"
+        text = (
+            f"also stands for {also.function}: {also.reason}"
+            if also.reason
+            else f"also named {also.function}"
+        )
         if text not in info.note:
             self.probes[index] = replace(info, note="; ".join(part for part in (info.note, text) if part))
 
@@ -217,7 +237,10 @@ class TracedSet:
         for probe, _, attachment in plan:
             program = self._owner[probe]
             try:
-                handles += [(program, h) for h in program.attach_call(probe, attachment.path, attachment.offset, target.pid)]
+                handles += [
+                    (program, h)
+                    for h in program.attach_call(probe, attachment.path, attachment.offset, target.pid)
+                ]
             except SurroundingsError as error:
                 failures.append(error)
                 self.note(str(error))
@@ -240,7 +263,9 @@ def _fixed_probes(options: TraceOptions) -> list[ProbeInfo]:
         ProbeInfo(ITERATION_PROBE, "event loop iteration", ITERATION, "raw tracepoint", ITERATION_FIELDS),
         ProbeInfo(ACCEPT_PROBE, "accept", ACCEPT, "raw tracepoint", ACCEPT_FIELDS),
         ProbeInfo(QUEUE_PROBE, "accept queue", QUEUE, f"sock_diag, {sampled}", QUEUE_FIELDS),
-        ProbeInfo(COUNTER_PROBE, "kernel counter", COUNTER, f"/proc/PID/net/netstat, {sampled}", COUNTER_FIELDS),
+        ProbeInfo(
+            COUNTER_PROBE, "kernel counter", COUNTER, f"/proc/PID/net/netstat, {sampled}", COUNTER_FIELDS
+        ),
     ]
 
 
