@@ -24,7 +24,7 @@ _MAX_LOST_SHARE = 0.01
 """More lost events than this share and ``record`` ends with exit code 5."""
 
 
-class _Parsed(click.ParamType):
+class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2 on
     """An option whose text one of our functions reads."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -48,7 +48,7 @@ SIZE = _Parsed("size", parse_bytes)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stallscope")
 def cli() -> None:
-    """Find the call that blocked Redis while the kernel refused connections.
+    r"""Find the call that blocked Redis while the kernel refused connections.
 
     \b
     Examples:
@@ -71,17 +71,13 @@ def cli() -> None:
     "--port", "ports", type=click.IntRange(1, 65535), multiple=True,
     help="Trace the server on this TCP port, and its successor when it restarts; may be repeated.",
 )  # fmt: skip
-@click.option(
-    "-d", "--duration", type=DURATION, default="0", help="How long, as 30s or 5m; until Ctrl-C if not given."
-)
+@click.option("-d", "--duration", type=DURATION, default="0", help="How long, as 30s or 5m; until Ctrl-C if not given.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Recording to write.")
 @click.option("--force", is_flag=True, help="Overwrite the recording if it exists.")
 @click.option(
     "--probe", "probes", multiple=True, metavar="[LIB:]FUNC", help="Trace this function too; may be repeated."
 )
-@click.option(
-    "--no-default-probes", is_flag=True, help="Trace only the functions given with --probe, in any program."
-)
+@click.option("--no-default-probes", is_flag=True, help="Trace only the functions given with --probe, in any program.")
 @click.option(
     "--min-duration",
     type=DURATION,
@@ -105,9 +101,10 @@ def cli() -> None:
 @click.option("-q", "--quiet", is_flag=True, help="No progress line.")
 def record(
     pids: tuple[int, ...], ports: tuple[int, ...], duration: int, output: Path | None, force: bool,
-    probes: tuple[str, ...], no_default_probes: bool, min_duration: int, stall: int, sample: int, ring_size: int, quiet: bool,
+    probes: tuple[str, ...], no_default_probes: bool, min_duration: int, stall: int, sample: int,
+    ring_size: int, quiet: bool,
 ) -> None:  # fmt: skip
-    """Record the slow calls of live Redis servers, with their accept queues beside them.
+    r"""Record the slow calls of live Redis servers, with their accept queues beside them.
 
     Needs root. A password for INFO is taken from REDISCLI_AUTH. Ends with exit code 5 when more than 1% of
     the events were lost.
@@ -143,9 +140,7 @@ def record(
         signal.signal(number, lambda received, _: recorder.stop(signal.Signals(received).name))
     if not quiet:
         took = format_duration_ns(recorder.attached_ns - started_ns)
-        click.echo(
-            f"recording to {options.output} (all probes attached after {took}); Ctrl-C ends it", err=True
-        )
+        click.echo(f"recording to {options.output} (all probes attached after {took}); Ctrl-C ends it", err=True)
     printer = _ProgressPrinter(quiet=quiet)
     manifest = recorder.run(printer.show)
     printer.end()
@@ -197,7 +192,8 @@ def progress_line(progress: Progress) -> str:
     stall = format_duration_ns(progress.longest_stall_ns) if progress.longest_stall_ns else "none"
     return (
         f"{progress.elapsed_ns / 1e9:.0f} s: {progress.calls:,} calls, longest stall {stall}, "
-        f"{progress.overflows:,} overflows, {progress.lost:,} lost, cost: server {progress.traced_share:.1%}, own {progress.own_share:.1%}"
+        f"{progress.overflows:,} overflows, {progress.lost:,} lost, "
+        f"cost: server {progress.traced_share:.1%}, own {progress.own_share:.1%}"
     )
 
 
@@ -205,7 +201,7 @@ def progress_line(progress: Progress) -> str:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def summary(file: Path, as_json: bool) -> None:
-    """Say what blocked the server, how many connections were refused, and what everything cost.
+    r"""Say what blocked the server, how many connections were refused, and what everything cost.
 
     Needs no root, and no bcc.
 
@@ -237,7 +233,7 @@ def summary(file: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def probes(pid: int | None, binary: Path | None, probes: tuple[str, ...], as_json: bool) -> None:
-    """Show what can be traced in a server: where each function is, or why not and what is used instead.
+    r"""Show what can be traced in a server: where each function is, or why not and what is used instead.
 
     \b
     Examples:
@@ -265,7 +261,7 @@ def probes(pid: int | None, binary: Path | None, probes: tuple[str, ...], as_jso
 @click.option("-p", "--pid", type=click.IntRange(min=1), help="Look at this server too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def doctor(pid: int | None, as_json: bool) -> None:
-    """Say what is and is not observable on this machine, and the remedy for each. Changes nothing.
+    r"""Say what is and is not observable on this machine, and the remedy for each. Changes nothing.
 
     Ends with exit code 4 when nothing can be traced here.
 

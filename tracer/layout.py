@@ -75,9 +75,7 @@ BUSY_BIT = np.uint32(1 << 31)
 DISCARD_BIT = np.uint32(1 << 30)
 
 
-def waiting_records(
-    data: npt.NDArray[np.void], consumer: int, producer: int
-) -> tuple[npt.NDArray[np.void], int]:
+def waiting_records(data: npt.NDArray[np.void], consumer: int, producer: int) -> tuple[npt.NDArray[np.void], int]:
     """Return a view of the committed records and the new consumer position.
 
     Args:

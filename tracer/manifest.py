@@ -213,9 +213,7 @@ class Counters:
         """Return plain JSON data (probe ids become strings)."""
         return {
             "time_ns": self.time_ns,
-            "by_probe": {
-                str(probe): dataclasses.asdict(counters) for probe, counters in self.by_probe.items()
-            },
+            "by_probe": {str(probe): dataclasses.asdict(counters) for probe, counters in self.by_probe.items()},
         }
 
     @staticmethod

@@ -77,9 +77,7 @@ class RecordingWriter:
         try:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
-            raise StallscopeError(
-                f"cannot write {path}: {error.strerror}; choose another file with -o"
-            ) from error
+            raise StallscopeError(f"cannot write {path}: {error.strerror}; choose another file with -o") from error
         self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def write(
@@ -179,9 +177,7 @@ def read_recording(path: Path) -> Recording:
         reader = pa.ipc.open_stream(source)
         document = json.loads((reader.schema.metadata or {})[METADATA_KEY])
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
-        raise RecordingError(
-            f"{path} is not a stallscope recording; give a file made by stallscope record"
-        ) from error
+        raise RecordingError(f"{path} is not a stallscope recording; give a file made by stallscope record") from error
     if tuple(reader.schema.names) != COLUMNS or list(reader.schema.types) != list(_FLAT.values()):
         raise RecordingError(f"{path} has other columns than a recording of this version; it cannot be read")
     manifest = Manifest.from_json(document.get("manifest") if isinstance(document, dict) else None)
@@ -205,11 +201,7 @@ def _batches(reader: pa.RecordBatchStreamReader) -> Iterator[tuple[pa.RecordBatc
         try:
             batch, metadata = reader.read_next_batch_with_custom_metadata()
             batch.validate(full=True)
-            side = (
-                json.loads(metadata[METADATA_KEY])
-                if metadata is not None and METADATA_KEY in metadata
-                else {}
-            )
+            side = json.loads(metadata[METADATA_KEY]) if metadata is not None and METADATA_KEY in metadata else {}
         except (StopIteration, OSError, pa.ArrowException, ValueError):
             return
         yield batch, side if isinstance(side, dict) else {}
@@ -230,7 +222,5 @@ def new_recording_path(path: Path | None, *, force: bool = False) -> Path:
     if chosen.exists() and not force:
         raise UsageError(f"{chosen} exists; choose another name with -o or overwrite it with --force")
     if not chosen.absolute().parent.is_dir():
-        raise UsageError(
-            f"there is no folder {chosen.absolute().parent}; make it or choose another name with -o"
-        )
+        raise UsageError(f"there is no folder {chosen.absolute().parent}; make it or choose another name with -o")
     return chosen

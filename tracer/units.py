@@ -29,9 +29,7 @@ def parse_duration_ns(text: str) -> int:
         return 0
     match = _DURATION.fullmatch(stripped)
     if match is None:
-        raise UsageError(
-            f'cannot read "{text}" as a duration; write a number and a unit, as 500us, 10ms, 2s or 1m'
-        )
+        raise UsageError(f'cannot read "{text}" as a duration; write a number and a unit, as 500us, 10ms, 2s or 1m')
     return round(float(match[1]) * _UNIT_NS[match[2]])
 
 

@@ -14,7 +14,6 @@ import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -85,11 +84,7 @@ class ListenerState:
     @property
     def name(self) -> str:
         """Return ``127.0.0.1:6379`` or ``[::1]:6379``."""
-        return (
-            f"[{self.address}]:{self.port}"
-            if self.family == socket.AF_INET6
-            else f"{self.address}:{self.port}"
-        )
+        return f"[{self.address}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.address}:{self.port}"
 
 
 class SockDiag:
@@ -103,8 +98,7 @@ class SockDiag:
 
         self._socket = call_inside(pid, connect)
         self._requests = [
-            _request(family, _NLM_F_REQUEST | _NLM_F_DUMP, bytes(48))
-            for family in (socket.AF_INET, socket.AF_INET6)
+            _request(family, _NLM_F_REQUEST | _NLM_F_DUMP, bytes(48)) for family in (socket.AF_INET, socket.AF_INET6)
         ]
 
     def listeners(self) -> list[ListenerState]:

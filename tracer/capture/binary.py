@@ -183,9 +183,7 @@ class Binary:
             reverse=True,
         )
         for candidate in candidates:
-            if re.search(
-                rb"\0" + re.escape(candidate.encode()) + rb"[\w.-]*\d{10}[0-9a-f]{9,}\0", self._constants
-            ):
+            if re.search(rb"\0" + re.escape(candidate.encode()) + rb"[\w.-]*\d{10}[0-9a-f]{9,}\0", self._constants):
                 return candidate
         return candidates[0] if candidates else ""
 
@@ -332,7 +330,4 @@ def _is_called(path: str, name: str) -> bool:
     file_name = Path(path).name
     if "/" in name:
         return path == name
-    return (
-        file_name == name
-        or re.match(rf"{re.escape(name)}(?:[.-][\d.-]*)?\.so(?:\.|$)", file_name) is not None
-    )
+    return file_name == name or re.match(rf"{re.escape(name)}(?:[.-][\d.-]*)?\.so(?:\.|$)", file_name) is not None

@@ -6,6 +6,7 @@ be repeated for hours, and an attachment must be nothing but a file descriptor t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -77,10 +78,8 @@ class BpfMap:
     def delete(self, key: Any) -> None:
         """Remove the key; a key that is not there is fine."""
         self._key[0] = key
-        try:
+        with contextlib.suppress(FileNotFoundError):
             _bpf(_MAP_DELETE_ELEM, self._attributes(self._value))
-        except FileNotFoundError:
-            pass
 
     def items(self, limit: int = 1 << 20) -> Iterator[tuple[Any, npt.NDArray[Any]]]:
         """Yield (key, value) pairs; entries that come or go meanwhile may be missed."""
@@ -124,9 +123,7 @@ def attach_uprobe(program_fd: int, path: str, offset: int, pid: int, *, is_retur
     )  # fmt: skip
     buffer = ctypes.create_string_buffer(attributes, 112)
     cpu = 0 if pid < 0 else -1
-    handle: int = _libc.syscall(
-        _SYS_PERF_EVENT_OPEN, buffer, pid, cpu, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC)
-    )
+    handle: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, buffer, pid, cpu, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC))
     if handle < 0:
         raise SurroundingsError(_why_not(ctypes.get_errno(), path, offset, pid))
     try:
@@ -158,9 +155,7 @@ def _uprobe_pmu() -> tuple[int, int]:
     """Return the perf event type of uprobes and the config bit that makes one a return probe."""
     try:
         kind = int((_UPROBE_PMU / "type").read_text(encoding="ascii"))
-        return_bit = int(
-            (_UPROBE_PMU / "format/retprobe").read_text(encoding="ascii").strip().partition(":")[2]
-        )
+        return_bit = int((_UPROBE_PMU / "format/retprobe").read_text(encoding="ascii").strip().partition(":")[2])
     except (OSError, ValueError) as error:
         raise SurroundingsError(
             f"this kernel offers no uprobes: {_UPROBE_PMU} is not readable; it needs CONFIG_UPROBE_EVENTS (Linux 4.17)"

@@ -21,7 +21,7 @@ _TYPE = struct.Struct("<III")
 _FUNC, _FUNC_PROTO = 12, 13
 _FIXED_TAIL_BYTES = {1: 4, 3: 12, 14: 4, 17: 4}
 _TAIL_BYTES_PER_ITEM = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
-"""Bytes that follow a type of each kind: INT, ARRAY, VAR, DECL_TAG fixed; STRUCT, UNION, ENUM, FUNC_PROTO, DATASEC, ENUM64 per item."""
+"""Bytes that follow a type of each kind: once (INT, ARRAY, VAR, DECL_TAG), or for each of its members."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def kernel_functions(path: Path = KERNEL_BTF) -> dict[str, KernelFunction]:
 
 
 def _functions(data: bytes) -> dict[str, KernelFunction]:
-    magic, _, _, header_bytes, type_offset, type_bytes, string_offset, string_bytes = _HEADER.unpack_from(
-        data
-    )
+    magic, _, _, header_bytes, type_offset, type_bytes, string_offset, string_bytes = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise ValueError(magic)
     strings = data[header_bytes + string_offset : header_bytes + string_offset + string_bytes]

@@ -171,12 +171,7 @@ class Callers:
                 sites.append(Site(address - 1, "jump", self._name_at(address - 1)))
             elif before[-2:-1] == b"\x0f" and 0x80 <= before[-1] <= 0x8F:
                 sites.append(Site(address - 2, "jump", self._name_at(address - 2)))
-            elif (
-                len(before) == 3
-                and before[1] == 0x8D
-                and before[2] & 0xC7 == 0x05
-                and 0x48 <= before[0] <= 0x4F
-            ):
+            elif len(before) == 3 and before[1] == 0x8D and before[2] & 0xC7 == 0x05 and 0x48 <= before[0] <= 0x4F:
                 sites.append(Site(address - 3, "taken", self._name_at(address - 3)))
         if not self._elf.is_relocated:
             sites += self._immediates(target)
@@ -252,10 +247,7 @@ class Callers:
 
     def _stub_section(self, address: int) -> Section | None:
         for section in self._elf.sections:
-            if (
-                section.name.startswith(".plt")
-                and section.address <= address < section.address + section.size
-            ):
+            if section.name.startswith(".plt") and section.address <= address < section.address + section.size:
                 return section
         return None
 

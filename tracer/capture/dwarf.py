@@ -161,12 +161,7 @@ class Dwarf:
             else:
                 kind, address_bytes = data[body + 2], data[body + 3]
                 (abbreviations,) = struct.unpack_from(shape, data, body + 4)
-                dies = (
-                    body
-                    + 4
-                    + offset_bytes
-                    + {2: 8 + offset_bytes, 6: 8 + offset_bytes, 4: 8, 5: 8}.get(kind, 0)
-                )
+                dies = body + 4 + offset_bytes + {2: 8 + offset_bytes, 6: 8 + offset_bytes, 4: 8, 5: 8}.get(kind, 0)
             if address_bytes == 8:
                 yield _Unit(start, dies, end, version, address_bytes, offset_bytes, abbreviations)
 

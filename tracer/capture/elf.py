@@ -92,9 +92,7 @@ def reading(path: str) -> Iterator[None]:
     except PermissionError as error:
         raise SymbolError(f"cannot read symbols of {path}: permission denied; run as root") from error
     except OSError as error:
-        raise SymbolError(
-            f"cannot read symbols of {path}: {error.strerror or error}; check the file"
-        ) from error
+        raise SymbolError(f"cannot read symbols of {path}: {error.strerror or error}; check the file") from error
     except (ValueError, LookupError, ArithmeticError, TypeError, EOFError, MemoryError) as error:
         raise _damaged(path, error) from error
     except (struct.error, zlib.error, lzma.LZMAError, RecursionError) as error:
@@ -186,9 +184,7 @@ class SymbolTable:
         if not offsets:
             return []
         hits = self._entries[np.isin(self._entries["name"], np.array(list(offsets), dtype="<u4"))]
-        found = [
-            Found(offsets[int(hit["name"])], int(hit["value"]), int(hit["size"]), self.source) for hit in hits
-        ]
+        found = [Found(offsets[int(hit["name"])], int(hit["value"]), int(hit["size"]), self.source) for hit in hits]
         return sorted(found, key=lambda one: (one.symbol != name, one.symbol, one.address))
 
     @cached_property
@@ -253,27 +249,21 @@ class ElfFile:
         return data
 
     def _open(self) -> None:
-        self.size_bytes = (
-            len(self._content) if self._content is not None else os.fstat(self._descriptor).st_size
-        )
+        self.size_bytes = len(self._content) if self._content is not None else os.fstat(self._descriptor).st_size
         header = self.read(0, min(64, self.size_bytes))
         if header[:4] != b"\x7fELF":
-            raise SymbolError(
-                f"cannot read symbols of {self.shown}: not an ELF file; name the server's binary"
-            )
+            raise SymbolError(f"cannot read symbols of {self.shown}: not an ELF file; name the server's binary")
         if len(header) < 64:
             raise ValueError("the header is cut short")
-        (kind, machine, _, _, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, shstrndx) = (
-            struct.unpack_from("<HHIQQQIHHHHHH", header, 16)
+        (kind, machine, _, _, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, shstrndx) = struct.unpack_from(
+            "<HHIQQQIHHHHHH", header, 16
         )
         if header[4] != 2 or header[5] != 1 or machine != _EM_X86_64:
             raise SymbolError(
                 f"cannot read symbols of {self.shown}: for machine {machine}, not x86-64; use that machine"
             )
         if kind not in (_ET_EXEC, _ET_DYN):
-            raise SymbolError(
-                f"cannot read symbols of {self.shown}: no program or library; name the server binary"
-            )
+            raise SymbolError(f"cannot read symbols of {self.shown}: no program or library; name the server binary")
         self.is_relocated = kind == _ET_DYN
         self._segments = self._table(phoff, phnum, phentsize, _SEGMENT)
         if shoff and shnum == 0:
@@ -380,9 +370,7 @@ class ElfFile:
         """Return the GNU build-id as hexadecimal digits, empty when the file has none."""
         with reading(self.shown):
             areas = [(s.offset, s.size) for s in self.sections if s.type == SHT_NOTE]
-            areas += [
-                (int(s["offset"]), int(s["filesz"])) for s in self._segments if int(s["type"]) == _PT_NOTE
-            ]
+            areas += [(int(s["offset"]), int(s["filesz"])) for s in self._segments if int(s["type"]) == _PT_NOTE]
             for offset, size_bytes in areas:
                 found = _build_id(self.read(offset, size_bytes))
                 if found:

@@ -97,13 +97,9 @@ class KernelCounters:
         try:
             self._fd = os.open(f"/proc/{pid}/net/netstat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise TargetError(
-                f"cannot read the network counters of process {pid}: {error.strerror}"
-            ) from error
+            raise TargetError(f"cannot read the network counters of process {pid}: {error.strerror}") from error
         names, _ = self._lines()
-        self._columns = [
-            names.index(name.encode()) if name.encode() in names else -1 for name in COUNTER_NAMES
-        ]
+        self._columns = [names.index(name.encode()) if name.encode() in names else -1 for name in COUNTER_NAMES]
 
     def read(self) -> tuple[int, ...]:
         """Return the counters in the order of ``COUNTER_NAMES``; one this kernel does not have is 0."""

@@ -11,9 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stallscope.probes.catalogue import default_functions
+from stallscope.tracer.capture.backlog import SockDiag, socket_inodes
 from stallscope.tracer.capture.bcc_library import bcc_version
 from stallscope.tracer.capture.bpf import load_trial
 from stallscope.tracer.capture.btf import KERNEL_BTF, kernel_functions
+from stallscope.tracer.capture.namespace import read_sysctls
+from stallscope.tracer.capture.redis_target import Target, open_target
+from stallscope.tracer.capture.symbols import Resolution, resolve
 from stallscope.tracer.errors import SurroundingsError
 
 OK, LIMITED, FAILED = "ok", "limited", "failed"
@@ -66,6 +71,65 @@ def check_machine() -> Iterator[Check]:
     yield _kprobes()
     yield _fentry()
     yield _headers()
+
+
+def check_server(pid: int) -> Iterator[Check]:
+    """Yield what can be observed of one server.
+
+    Raises:
+        TargetError: no such process, or not a Redis or Valkey server.
+    """
+    target = open_target(pid)
+    try:
+        server = f"{target.product} {target.version or '(version not told by the binary)'}"
+        yield Check(
+            "server",
+            OK,
+            f"process {pid}: {server}, {target.allocator or 'allocator not known'}, {target.exe}",
+        )
+        yield _symbols(target)
+        for resolution in resolve(target.image, default_functions(), redis_version=target.version or None):
+            yield _function(resolution)
+        yield from _listeners(pid)
+    finally:
+        target.close()
+
+
+def _symbols(target: Target) -> Check:
+    exe = target.image.exe
+    if exe.has_debug_info:
+        return Check("symbols", OK, "with debug information: arguments are decoded from it, inlined copies are known")
+    if not exe.is_stripped:
+        return Check("symbols", OK, "present, without debug information: arguments are decoded by a table of versions")
+    return Check(
+        "symbols", LIMITED, "stripped: only exported functions are found",
+        "install the server's debug symbols (redis-server-dbgsym, debuginfo-install redis)",
+    )  # fmt: skip
+
+
+def _function(resolution: Resolution) -> Check:
+    where = ", ".join(attachment.symbol for attachment in resolution.attachments)
+    if resolution.status == "found":
+        return Check(resolution.function, OK, f"found in {resolution.found_in}")
+    detail = f"{resolution.status}: {resolution.reason}" + (f"; traced as {where}" if where else "")
+    remedy = "" if where else "its calls are not seen; the event loop and the accept queue still are"
+    return Check(resolution.function, OK if resolution.status == "alias" else LIMITED, detail, remedy)
+
+
+def _listeners(pid: int) -> Iterator[Check]:
+    owned = socket_inodes(pid)
+    diag = SockDiag(pid)
+    try:
+        states = [state for state in diag.listeners() if state.inode in owned]
+    finally:
+        diag.close()
+    sysctls = read_sysctls(pid)
+    if not states:
+        yield Check("listener", LIMITED, "it listens on no TCP port", "nothing to see of refused connections")
+    for state in states:
+        clamp = sysctls.get("net.core.somaxconn", "")
+        detail = f"accept queue {state.queue_length} of {state.queue_limit}, {state.drops} dropped since it listens"
+        yield Check(f"listener {state.name}", OK, f"{detail}; somaxconn {clamp or 'not known'}")
 
 
 def require_capture() -> None:
@@ -157,9 +221,7 @@ def _bcc() -> Check:
 def _uprobes() -> Check:
     if Path("/sys/bus/event_source/devices/uprobe/type").exists():
         return Check("uprobes", OK, "functions are timed call by call", needed=True)
-    return Check(
-        "uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True
-    )
+    return Check("uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True)
 
 
 def _raw_tracepoints() -> Check:

@@ -121,9 +121,7 @@ class Program:
         Raises:
             SurroundingsError: the kernel refuses.
         """
-        entry = self._keep(
-            attach_uprobe(self._program(_ENTER.format(probe)), path, offset, pid, is_return=False)
-        )
+        entry = self._keep(attach_uprobe(self._program(_ENTER.format(probe)), path, offset, pid, is_return=False))
         try:
             program = self._program(_RETURN.format(probe))
             return entry, self._keep(attach_uprobe(program, path, offset, pid, is_return=True))
@@ -171,9 +169,7 @@ class Program:
         for probe in probes:
             values = self._counters.lookup(probe)
             if values is not None and values.dtype.names:
-                totals[probe] = ProbeCounters(
-                    **{name: int(values[name].sum()) for name in values.dtype.names}
-                )
+                totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names})
         return totals
 
     def unfinished(self) -> npt.NDArray[np.void]:
@@ -238,9 +234,7 @@ def _check_layout(leaf_types: Mapping[str, str]) -> None:
             if not member[0].startswith("__pad")
         ]
         if compiled != derived:
-            raise SurroundingsError(
-                f"struct {struct}: compiled {compiled}, declared {derived}; please report this"
-            )
+            raise SurroundingsError(f"struct {struct}: compiled {compiled}, declared {derived}; please report this")
 
 
 def _join_sources(calls: Sequence[CallProbe], *, loop: bool) -> str:

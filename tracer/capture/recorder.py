@@ -339,9 +339,7 @@ class Recorder:
             return
         found = server_information(pid, port, self.options.password)
         info = self._targets[pid]
-        self._targets[pid] = replace(
-            info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()}
-        )
+        self._targets[pid] = replace(info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()})
 
     def _manifest(self) -> Manifest:
         options = self.options.trace

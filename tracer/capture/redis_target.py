@@ -141,8 +141,7 @@ def find_by_port(port: int) -> list[int]:
     pids = pids_listening_on(port)
     if not pids:
         others = ", ".join(
-            f"{pid} on {' '.join(map(str, sorted(listening_ports(pid)))) or 'no port'}"
-            for pid in _redis_like_pids()
+            f"{pid} on {' '.join(map(str, sorted(listening_ports(pid)))) or 'no port'}" for pid in _redis_like_pids()
         )
         raise TargetError(
             f"no Redis or Valkey server listens on port {port}; "

@@ -26,14 +26,10 @@ class RingReader:
         """
         page = mmap.PAGESIZE
         self._consumer_map = mmap.mmap(map_fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._producer_map = mmap.mmap(
-            map_fd, page + 2 * ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
-        )
+        self._producer_map = mmap.mmap(map_fd, page + 2 * ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         self._consumer = np.frombuffer(self._consumer_map, "<u8", 1)
         self._producer = np.frombuffer(self._producer_map, "<u8", 1)
-        self._data = np.frombuffer(
-            self._producer_map, RING_RECORD, 2 * ring_bytes // RING_RECORD.itemsize, page
-        )
+        self._data = np.frombuffer(self._producer_map, RING_RECORD, 2 * ring_bytes // RING_RECORD.itemsize, page)
 
     def read(self) -> npt.NDArray[np.void]:
         """Return all committed records (dtype ``EVENT``, a copy) and give their room back to the kernel."""

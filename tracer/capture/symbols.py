@@ -204,16 +204,11 @@ class _Resolver:
             if shared is not None:
                 yield shared
 
-    def _unreached(
-        self, function: Function, candidates: list[_Candidate], wanted: frozenset[str]
-    ) -> Resolution:
+    def _unreached(self, function: Function, candidates: list[_Candidate], wanted: frozenset[str]) -> Resolution:
         holders = candidates or [_Candidate(s.name, self.exe, []) for s in function.symbols]
         containers = tuple(
             dict.fromkeys(
-                name
-                for one in holders
-                if one.binary is self.exe
-                for name in self._inlined_into(self.exe, one.name)
+                name for one in holders if one.binary is self.exe for name in self._inlined_into(self.exe, one.name)
             )
         )
         # Copies elsewhere do other work: those on the expected path count, if there are any.
@@ -309,9 +304,7 @@ class _Resolver:
             wanted = frozenset()
         if not wanted and candidate.binary.exports(candidate.name):
             return True
-        return self._counts(self._sites(candidate), wanted) or self._counts(
-            self._near_sites(candidate), wanted
-        )
+        return self._counts(self._sites(candidate), wanted) or self._counts(self._near_sites(candidate), wanted)
 
     def _counts(self, sites: list[Site], wanted: frozenset[str]) -> bool:
         return any(base_name(site.function) in wanted for site in sites) if wanted else bool(sites)
@@ -370,9 +363,7 @@ class _Resolver:
     def _is_wrapper(self, candidate: _Candidate, reached: list[_Candidate]) -> bool:
         own = frozenset([candidate.name])
         inner = [one for one in reached if one.name in candidate.wraps and one.binary is candidate.binary]
-        return any(
-            self._counts(self._sites(one), own) or self._counts(self._near_sites(one), own) for one in inner
-        )
+        return any(self._counts(self._sites(one), own) or self._counts(self._near_sites(one), own) for one in inner)
 
     # Answers.
 
@@ -402,9 +393,7 @@ class _Resolver:
         )
         if not self.full:
             return resolution
-        callers = sorted(
-            {base_name(s.function) for one in candidates for s in self._sites(one) if s.function}
-        )
+        callers = sorted({base_name(s.function) for one in candidates for s in self._sites(one) if s.function})
         copies = sorted({name for one in candidates for name in self._inlined_into(one.binary, one.name)})
         return replace(resolution, callers=tuple(callers), inlined_into=tuple(copies))
 
@@ -416,9 +405,7 @@ class _Resolver:
         """
         parts = [one for one in candidate.found if ".part" in one.symbol]
         binary = candidate.binary
-        heads = {
-            site.function for part in parts for site in (*binary.callers(part), *binary.near_callers(part))
-        }
+        heads = {site.function for part in parts for site in (*binary.callers(part), *binary.near_callers(part))}
         return [one for one in candidate.found if ".part" in one.symbol or one.symbol not in heads]
 
     def _inlined(self, asked: str, containers: tuple[str, ...], state: str, decoder: Decoder) -> Resolution:

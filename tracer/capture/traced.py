@@ -95,11 +95,7 @@ class TracedSet:
             self._plans[target.pid] = self._plan(target)
         places = [place for target in targets for place in self._plans[target.pid]]
         self._compile(
-            list(
-                dict.fromkeys(
-                    CallProbe(probe, decoder) for probe, decoder, _ in places if probe not in self._owner
-                )
-            )
+            list(dict.fromkeys(CallProbe(probe, decoder) for probe, decoder, _ in places if probe not in self._owner))
         )
 
     def attach(self, targets: Sequence[Target]) -> None:
@@ -201,11 +197,7 @@ class TracedSet:
         """Say at a probe that it stands for another function too (inlined into it, or another name of it)."""
         index = next(index for index, info in enumerate(self.probes) if info.id == probe)
         info = self.probes[index]
-        text = (
-            f"also stands for {also.function}: {also.reason}"
-            if also.reason
-            else f"also named {also.function}"
-        )
+        text = f"also stands for {also.function}: {also.reason}" if also.reason else f"also named {also.function}"
         if text not in info.note:
             self.probes[index] = replace(info, note="; ".join(part for part in (info.note, text) if part))
 
@@ -238,8 +230,7 @@ class TracedSet:
             program = self._owner[probe]
             try:
                 handles += [
-                    (program, h)
-                    for h in program.attach_call(probe, attachment.path, attachment.offset, target.pid)
+                    (program, h) for h in program.attach_call(probe, attachment.path, attachment.offset, target.pid)
                 ]
             except SurroundingsError as error:
                 failures.append(error)
@@ -263,9 +254,7 @@ def _fixed_probes(options: TraceOptions) -> list[ProbeInfo]:
         ProbeInfo(ITERATION_PROBE, "event loop iteration", ITERATION, "raw tracepoint", ITERATION_FIELDS),
         ProbeInfo(ACCEPT_PROBE, "accept", ACCEPT, "raw tracepoint", ACCEPT_FIELDS),
         ProbeInfo(QUEUE_PROBE, "accept queue", QUEUE, f"sock_diag, {sampled}", QUEUE_FIELDS),
-        ProbeInfo(
-            COUNTER_PROBE, "kernel counter", COUNTER, f"/proc/PID/net/netstat, {sampled}", COUNTER_FIELDS
-        ),
+        ProbeInfo(COUNTER_PROBE, "kernel counter", COUNTER, f"/proc/PID/net/netstat, {sampled}", COUNTER_FIELDS),
     ]
 
 
