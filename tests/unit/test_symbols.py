@@ -113,9 +113,7 @@ def test_build_id_is_that_of_the_file(tmp_path):
 
 
 def test_a_name_that_ends_the_same_is_another_function(tmp_path):
-    source = (
-        "int hi_sdsRemoveFreeSpace(void) { return 1; } int main(void) { return hi_sdsRemoveFreeSpace(); }"
-    )
+    source = "int hi_sdsRemoveFreeSpace(void) { return 1; } int main(void) { return hi_sdsRemoveFreeSpace(); }"
     (resolution,) = resolve(build(tmp_path, source, "-O0"), ["sdsRemoveFreeSpace"])
     assert resolution.status == "missing"
     assert resolution.attachments == ()
@@ -130,6 +128,23 @@ def test_arguments_are_decoded_by_the_release_in_the_binary(tmp_path):
     told = resolve(binary, CRON, redis_version="2.8.17")
     assert told[3].decoder.kind == "sdshdr"
     assert told[2].decoder.params == (1, 8, 4, 40, 136, 0)
+
+
+def test_valkey_s_own_release_counts_not_the_one_it_tells_clients(tmp_path):
+    source = SERVER.replace('"redis_version:%s"', '"Valkey version=%s" "\\0" "7.2.4" "\\0" "8.0.1"')
+    binary = open_binary(build(tmp_path, source.replace("QUALIFIER", NOINLINE), "-O1"))
+    assert (binary.server, binary.version) == ("valkey", "8.0.1")
+    trim, client = resolve(binary, ["sdsRemoveFreeSpace", "clientsCronResizeQueryBuffer"], redis_version="7.2.4")
+    assert client.decoder.params == (1, 0, 8, 64, 280, 1)
+    assert trim.status == "found"
+    assert trim.instead == ("sdsRemoveFreeSpace", "sdsfree"), "idle buffers are freed since 8.0"
+    assert "sdsfree" in trim.reason
+
+
+def test_the_own_release_is_told_from_those_of_commands(tmp_path):
+    strings = '"redis_version:%s" "\\0" "7.2.0" "\\0" "7.0.12" "\\0" "6.2.0" "\\0" "7.0.12vm-17902820560000000000"'
+    binary = open_binary(build(tmp_path, f"const char *s = {strings}; int main(void) {{ return !s; }}"))
+    assert binary.version == "7.0.12"
 
 
 @pytest.mark.parametrize(
@@ -239,9 +254,7 @@ int main(int n, char **a) {{ return serverCron(a) + first(a) + second(a) + froze
 
 def test_clones_are_probed_and_cold_parts_are_not(tmp_path):
     binary = build(tmp_path, CLONES, "-O1")
-    free, cron, trim = resolve(
-        binary, ["freeClient", "clientsCron", "sdsRemoveFreeSpace"], redis_version="7.0.15"
-    )
+    free, cron, trim = resolve(binary, ["freeClient", "clientsCron", "sdsRemoveFreeSpace"], redis_version="7.0.15")
     assert [one.symbol for one in free.attachments] == ["freeClient.constprop.0", "freeClient.constprop.1"]
     assert free.status == "found"
     assert free.decoder.kind == "client"

@@ -183,7 +183,8 @@ class Binary:
             reverse=True,
         )
         for candidate in candidates:
-            if re.search(rb"\0" + re.escape(candidate.encode()) + rb"[\w.-]*\d{10}[0-9a-f]{9,}\0", self._constants):
+            build_id = rb"\x00" + re.escape(candidate.encode()) + rb"[\w.-]*\d{10}[0-9a-f]{9,}\x00"
+            if re.search(build_id, self._constants):
                 return candidate
         return candidates[0] if candidates else ""
 
