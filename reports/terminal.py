@@ -1,0 +1,278 @@
+"""The summary as text for a terminal, a pipe or a mail: 80 columns are enough, colour is never needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timezone
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from stallscope.tracer.analysis.functions import FieldSummary, FunctionSummary
+from stallscope.tracer.analysis.stalls import ITERATIONS
+from stallscope.tracer.analysis.summary import ListenerSummary, StallSummary, Summary
+from stallscope.tracer.units import format_bytes, format_duration_ns
+
+SHOWN_STALLS = 8
+SHOWN_FUNCTIONS_IN_STALL = 6
+_INDENT = (0, 0, 0, 2)
+
+
+def render(summary: Summary, console: Console) -> None:
+    """Print a summary: the verdict, stalls, functions, accept queues, and how far to trust it."""
+    blank = False
+    for part in _parts(summary):
+        if blank:
+            console.print()
+        for line in part:
+            console.print(line, highlight=False, markup=False, emoji=False)
+        blank = True
+
+
+_Line = Text | Padding
+
+
+def _parts(summary: Summary) -> Iterable[list[_Line]]:
+    yield [Text(_plain(summary.verdict), style="bold")]
+    yield _about(summary)
+    if summary.stalls:
+        yield _stalls(summary)
+        yield _inside(summary)
+    called = [function for function in summary.functions if function.calls]
+    if called:
+        yield _functions(called, summary)
+        amounts = _amounts(called)
+        if amounts:
+            yield amounts
+    if summary.listeners or summary.reconciliation:
+        yield _queues(summary)
+    yield _trust(summary)
+
+
+def _about(summary: Summary) -> list[_Line]:
+    lines: list[_Line] = []
+    for target in summary.targets:
+        words = [
+            f"{target.product} {target.version}".strip(),
+            f"process {target.pid}",
+            target.exe,
+            target.allocator,
+        ]
+        lines.append(_faint(", ".join(word for word in words if word)))
+    when = _wall_time(summary.started_wall_ns, "%Y-%m-%d %H:%M:%S UTC")
+    words = [f"{format_duration_ns(summary.elapsed_ns)} recorded", f"from {when}" if when else ""]
+    words += [f"Linux {summary.host[key]}" for key in ("kernel",) if key in summary.host]
+    lines.append(_faint(", ".join(word for word in words if word)))
+    if summary.loop:
+        loop = summary.loop
+        share = (
+            f" ({_percent(loop.busy_ns, summary.elapsed_ns)} of the time)"
+            if len(summary.targets) == 1
+            else ""
+        )
+        lines.append(
+            _faint(
+                f"{loop.iterations:,} event loop iterations, busy for {format_duration_ns(loop.busy_ns)}{share}"
+            )
+        )
+    return lines
+
+
+def _stalls(summary: Summary) -> list[_Line]:
+    what = f"Stalls: {summary.stall_basis}" if summary.stall_basis == ITERATIONS else "Stalls: calls"
+    title = f"{what} of at least {format_duration_ns(summary.stall_ns)}"
+    shown = sorted(summary.stalls, key=_badness)[-SHOWN_STALLS:]
+    if summary.stall_count > len(shown):
+        title += f" (the worst {len(shown)} of {summary.stall_count:,})"
+    table = _table("at", "blocked", "queue", "refused", "drained in", "accepted", "mostly in")
+    for stall in sorted(shown, key=lambda item: item.start_ns):
+        queue = "?" if stall.queue_max is None else f"{stall.queue_max:,}/{stall.queue_limit:,}"
+        drain = format_duration_ns(stall.drain_ns) if stall.drain_ns else "-"
+        accepted = "?" if stall.accepted is None else f"{stall.accepted + (stall.accepted_drain or 0):,}"
+        table.add_row(
+            f"{stall.start_ns / 1e9:.3f} s",
+            ("> " if stall.unfinished else "") + format_duration_ns(stall.duration_ns),
+            queue,
+            f"{stall.overflows + stall.overflows_drain:,}",
+            drain if stall.drained else f"> {format_duration_ns(stall.drain_ns)}",
+            accepted,
+            Text(_plain(_mostly(stall))),
+        )
+    return [_title(title), Padding(table, _INDENT)]
+
+
+def _inside(summary: Summary) -> list[_Line]:
+    worst = max(summary.stalls, key=_badness)
+    lines: list[_Line] = [
+        _title(f"Inside the worst, {format_duration_ns(worst.duration_ns)} at {worst.start_ns / 1e9:.3f} s")
+    ]
+    if len(worst.blamed) > 1:
+        lines.append(Padding(Text(" > ".join(_plain(name) for name in worst.blamed)), _INDENT))
+    table = _table("function", "calls", "self time", "share", "longest call", first_left=True)
+    for function in worst.functions[:SHOWN_FUNCTIONS_IN_STALL]:
+        table.add_row(
+            Text(_plain(function.name)),
+            f"{function.calls:,}",
+            format_duration_ns(function.self_ns),
+            _percent(function.self_ns, worst.duration_ns),
+            format_duration_ns(function.longest_ns),
+        )
+    table.add_row(
+        Text("not traced", style="italic"),
+        "",
+        format_duration_ns(worst.unexplained_ns),
+        _percent(worst.unexplained_ns, worst.duration_ns),
+        "",
+    )
+    lines.append(Padding(table, _INDENT))
+    return lines
+
+
+def _functions(functions: list[FunctionSummary], summary: Summary) -> list[_Line]:
+    below = format_duration_ns(summary.min_duration_ns)
+    title = "Functions"
+    if any(function.short_calls for function in functions):
+        title += f" (calls under {below} are counted, not timed one by one)"
+    table = _table(
+        "function", "calls", "p50", "p99", "p99.9", "max", "total", "self", "loop", first_left=True
+    )
+    for function in functions:
+        quantiles = (function.p50_ns, function.p99_ns, function.p999_ns, function.max_ns)
+        table.add_row(
+            Text(_plain(function.name)),
+            f"{function.calls:,}",
+            *(f"<{below}" if value is None else format_duration_ns(value) for value in quantiles),
+            format_duration_ns(function.total_ns),
+            format_duration_ns(function.self_ns),
+            "?" if function.busy_share is None else f"{function.busy_share:.0%}",
+        )
+    return [_title(title), Padding(table, _INDENT)]
+
+
+def _amounts(functions: list[FunctionSummary]) -> list[_Line]:
+    table = _table("argument", "total", "smallest", "median", "largest", first_left=True)
+    for function in functions:
+        for item in function.fields:
+            if item.total is not None or item.name == "idle_s":
+                name = f"{function.name} {item.name}"
+                numbers = (item.minimum, item.median, item.maximum)
+                total = "" if item.total is None else _amount(item, item.total)
+                table.add_row(Text(_plain(name)), total, *(_amount(item, number) for number in numbers))
+    return [_title("Arguments of recorded calls"), Padding(table, _INDENT)] if table.row_count else []
+
+
+def _queues(summary: Summary) -> list[_Line]:
+    table = _table(
+        "listener", "longest", "limit", "refused", "in stalls", "draining", "other", first_left=True
+    )
+    for listener in sorted(summary.listeners, key=_listener_order):
+        count = listener.overflows
+        table.add_row(
+            Text(_plain(listener.address)),
+            "?" if listener.queue_max is None else f"{listener.queue_max:,}",
+            f"{listener.queue_limit:,}",
+            *(f"{number:,}" for number in (count.total, count.inside, count.drain, count.outside)),
+        )
+    for item in summary.reconciliation:
+        count = item.not_attributable
+        if count.total:
+            numbers = (count.total, count.inside, count.drain, count.outside)
+            table.add_row(
+                Text("not attributable", style="italic"), "", "", *(f"{number:,}" for number in numbers)
+            )
+    lines: list[_Line] = [_title("Accept queues"), Padding(table, _INDENT)]
+    for item in summary.reconciliation:
+        kernel = "an unknown number" if item.counted is None else f"{item.counted:,}"
+        text = f"observed {item.observed:,} of {kernel} of ListenOverflows that the kernel counted"
+        lines.append(Padding(_faint(text), _INDENT))
+    return lines
+
+
+def _trust(summary: Summary) -> list[_Line]:
+    lines: list[_Line] = [_title("How far to trust this")]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    lost = sum(loss.lost for loss in summary.losses)
+    table.add_row("recording", "complete" if summary.complete else "cut short")
+    table.add_row("lost", f"{lost:,} events" if lost else "nothing")
+    for part, rung in summary.rungs.items():
+        table.add_row(Text(_plain(part)), Text(_plain(rung)))
+    if summary.cost:
+        table.add_row("cost", Text(", ".join(_cost(name, value) for name, value in summary.cost.items())))
+    for function in summary.functions:
+        if function.note:
+            table.add_row(Text(_plain(function.name)), Text(_plain(function.note)))
+    for note in summary.notes:
+        table.add_row(f"at {note.time_ns / 1e9:.3f} s", Text(_plain(note.text)))
+    for warning in summary.warnings:
+        table.add_row(Text("warning", style="yellow"), Text(_plain(warning)))
+    lines.append(Padding(table, _INDENT))
+    return lines
+
+
+def _table(*columns: str, first_left: bool = False) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_edge=False)
+    for index, column in enumerate(columns):
+        left = (first_left and index == 0) or column == "mostly in"
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    return table
+
+
+def _mostly(stall: StallSummary) -> str:
+    if not stall.blamed:
+        return "not traced"
+    return stall.blamed[-1]
+
+
+def _badness(stall: StallSummary) -> tuple[int, int]:
+    return (stall.overflows + stall.overflows_drain, stall.duration_ns)
+
+
+def _listener_order(listener: ListenerSummary) -> tuple[int, str]:
+    return (-listener.overflows.total, listener.address)
+
+
+def _amount(item: FieldSummary, number: int) -> str:
+    return format_bytes(number) if item.name.endswith("_bytes") else f"{number:,} {item.unit}"
+
+
+def _cost(name: str, value: float) -> str:
+    """Return one measured cost in words: the name carries the unit."""
+    stem, _, unit = _plain(name).rpartition("_")
+    text = {
+        "ns": format_duration_ns,
+        "s": lambda seconds: format_duration_ns(seconds * 1e9),
+        "bytes": format_bytes,
+        "ratio": lambda ratio: f"{ratio:.2%}",
+        "share": lambda share: f"{share:.2%}",
+    }.get(unit)
+    if text is None or not stem:
+        return f"{_plain(name).replace('_', ' ')} {value:,.6g}"
+    return f"{stem.replace('_', ' ')} {text(value)}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "?"
+
+
+def _wall_time(wall_ns: int, form: str) -> str:
+    try:
+        return datetime.fromtimestamp(wall_ns / 1e9, timezone.utc).strftime(form)
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+def _title(text: str) -> Text:
+    return Text(_plain(text), style="bold cyan")
+
+
+def _faint(text: str) -> Text:
+    return Text(_plain(text), style="dim")
+
+
+def _plain(text: str) -> str:
+    """Return text from a file without what a terminal would obey: control characters become "?"."""
+    return "".join(character if character.isprintable() else "?" for character in text)

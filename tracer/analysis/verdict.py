@@ -1,0 +1,161 @@
+"""The sentence a database administrator reads first, and what limits it."""
+
+from __future__ import annotations
+
+from stallscope.tracer.analysis.nesting import Nested
+from stallscope.tracer.analysis.stalls import ITERATIONS
+from stallscope.tracer.analysis.summary import StallSummary, Summary
+from stallscope.tracer.analysis.tables import Tables
+from stallscope.tracer.manifest import CALL
+from stallscope.tracer.units import format_duration_ns
+
+
+def sentence(summary: Summary) -> str:
+    """Return which call blocked Redis, for how long, and how many connections were refused meanwhile.
+
+    Without a stall it says what else was seen, or what was looked at when nothing was.
+    """
+    if summary.stalls:
+        return f"{_of_stalls(summary)}{_limits(summary)}"
+    if summary.overflows.total:
+        return f"{_of_overflows(summary)}{_limits(summary)}"
+    return f"{_of_nothing(summary)}{_limits(summary)}"
+
+
+def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...]:
+    """Return everything that makes the numbers incomplete, one line each, with the remedy if there is one."""
+    lines = []
+    if not summary.complete:
+        lines.append(
+            "the recording was cut short: calls and event loop iterations that had not ended are not in it"
+        )
+    if summary.stall_basis != ITERATIONS:
+        lines.append("the event loop was not observed: calls of the main thread stand for stalls")
+    for loss in summary.losses:
+        if loss.lost:
+            lines.append(
+                f"{loss.name}: {loss.lost:,} calls were seen and could not be kept; record fewer functions"
+            )
+    for function in summary.functions:
+        if function.unpaired and not function.lost:
+            lines.append(f"{function.name}: {function.unpaired:,} calls were under way when it was attached")
+        if function.abandoned:
+            lines.append(
+                f"{function.name}: {function.abandoned:,} calls never returned (longjmp) and are left out"
+            )
+    silent = [function.name for function in summary.functions if function.counted and not function.hits]
+    if silent:
+        lines.append(
+            f"attached, but never fired: {', '.join(silent)}; not called, or inlined or bypassed: stallscope probes tells"
+        )
+    for item in summary.reconciliation:
+        if item.counted is not None and item.observed != item.counted:
+            lines.append(
+                f"observed {item.observed:,} of {item.counted:,} overflows the kernel counted; the rest has no time"
+            )
+    if tables.damaged_rows or tables.unknown_rows:
+        lines.append(
+            f"{tables.damaged_rows + tables.unknown_rows:,} rows are damaged or unknown and were left out"
+        )
+    if nested.crossing:
+        lines.append(
+            "calls cross each other, which cannot be: the recording is damaged, self times are not exact"
+        )
+    return (*lines, *_rows_missing(summary, tables))
+
+
+def _of_stalls(summary: Summary) -> str:
+    worst = max(
+        summary.stalls, key=lambda stall: (stall.overflows + stall.overflows_drain, stall.duration_ns)
+    )
+    refused = worst.overflows + worst.overflows_drain
+    length = format_duration_ns(worst.duration_ns)
+    at_least = "at least " if worst.unfinished else ""
+    text = f"Redis was blocked for {at_least}{length}{_by(worst)}"
+    if refused:
+        text += f"; meanwhile {_refused(refused)}"
+    elif worst.queue_max is None:
+        text += "; the accept queue was not observed"
+    else:
+        text += (
+            f"; no connection was refused (accept queue at most {worst.queue_max:,} of {worst.queue_limit:,})"
+        )
+    text += "."
+    if summary.stall_count > 1:
+        text += f" It is the worst of {summary.stall_count:,} stalls, {format_duration_ns(summary.stall_total_ns)} together"
+        others = summary.overflows.total - refused
+        text += f"; {others:,} more connections were refused in the recording." if others > 0 else "."
+    elif summary.overflows.total > refused:
+        text += f" Another {summary.overflows.total - refused:,} connections were refused at other times."
+    return text
+
+
+def _by(stall: StallSummary) -> str:
+    if not stall.functions:
+        return " by something that was not traced"
+    if not stall.blamed:
+        return f", {format_duration_ns(stall.unexplained_ns)} of it by something that was not traced"
+    first = stall.functions[0]
+    calls = f"{first.calls:,} calls of {first.name}" if first.calls > 1 else f"one call of {first.name}"
+    callers = f" (called by {' > '.join(stall.blamed[:-1])})" if len(stall.blamed) > 1 else ""
+    return f": {format_duration_ns(first.self_ns)} of it in {calls}{callers}"
+
+
+def _of_overflows(summary: Summary) -> str:
+    text = f"{_refused(summary.overflows.total).capitalize()}, but no stall was seen"
+    fullest = max(summary.listeners, key=lambda item: item.queue_max or 0, default=None)
+    if fullest is not None and fullest.queue_max is not None:
+        text += (
+            f" (accept queue of {fullest.address} at most {fullest.queue_max:,} of {fullest.queue_limit:,})"
+        )
+    if summary.reconciliation and not any(listener.overflows.total for listener in summary.listeners):
+        text += "; none can be attributed to the listeners that were watched"
+    return f"{text}."
+
+
+def _of_nothing(summary: Summary) -> str:
+    fired = [function for function in summary.functions if function.calls]
+    looked = []
+    if summary.loop and summary.loop.iterations:
+        limit = format_duration_ns(summary.stall_ns)
+        looked.append(f"{summary.loop.iterations:,} event loop iterations, all shorter than {limit}")
+    if fired:
+        looked.append(f"{sum(function.calls for function in fired):,} calls of {len(fired)} functions")
+    sampled = [listener for listener in summary.listeners if listener.queue_max is not None]
+    if sampled:
+        fullest = max(sampled, key=lambda item: item.queue_max or 0)
+        looked.append(
+            f"an accept queue of at most {fullest.queue_max:,} of {fullest.queue_limit:,}, no overflows"
+        )
+    if not looked:
+        return f"Nothing was observed in {format_duration_ns(summary.elapsed_ns)}: this says nothing about Redis."
+    return f"Nothing wrong was seen in {format_duration_ns(summary.elapsed_ns)}: {'; '.join(looked)}."
+
+
+def _limits(summary: Summary) -> str:
+    text = ""
+    lost = sum(loss.lost for loss in summary.losses)
+    if lost:
+        text += f" {lost:,} events were lost, so this is not the whole picture."
+    if not summary.complete:
+        text += " The recording was cut short."
+    return text
+
+
+def _refused(count: int) -> str:
+    return "one connection was refused" if count == 1 else f"{count:,} connections were refused"
+
+
+def _rows_missing(summary: Summary, tables: Tables) -> list[str]:
+    """Return a line for each function of which fewer rows are in the file than the kernel sent."""
+    counters = tables.recording.counters
+    if counters is None or not summary.complete:
+        return []
+    lines = []
+    ids = {probe.id for probe in tables.manifest.probes if probe.kind == CALL}
+    for function in summary.functions:
+        sent = counters.by_probe[function.probe].sent if function.probe in counters.by_probe else 0
+        missing = sent - (function.recorded - function.unfinished)
+        if function.probe in ids and missing > 0:
+            lines.append(f"{function.name}: {missing:,} of {sent:,} recorded calls are not in the file")
+    return lines
