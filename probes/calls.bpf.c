@@ -157,7 +157,7 @@ static __always_inline void read_client(u64 client, int id_offset, int id_size, 
 	read_user(&id, sizeof(id), (void *)(client + id_offset));
 	if (lastinteraction_offset >= 0)
 		read_user(&last_interaction_s, sizeof(last_interaction_s),
-				    (void *)(client + lastinteraction_offset));
+			  (void *)(client + lastinteraction_offset));
 	read_user(&querybuf, sizeof(querybuf), (void *)(client + querybuf_offset));
 	if (querybuf)
 		read_any_sds(sds_kind, querybuf, &length_bytes, &free_bytes);
@@ -170,25 +170,26 @@ static __always_inline void read_client(u64 client, int id_offset, int id_size, 
  * One line of these per probe follows, written by the loader (tracer/capture/program.py).
  * `id` is the index into the recording's probe list.
  */
-#define CALL_RETURN(id)                                                                \
-	int call_return_##id(struct pt_regs *ctx)                                      \
-	{                                                                              \
-		return call_return(ctx, id);                                           \
+#define CALL_RETURN(id)                           \
+	int call_return_##id(struct pt_regs *ctx) \
+	{                                         \
+		return call_return(ctx, id);      \
 	}
 
-#define CALL_ENTER(id, decode)                                                         \
-	int call_enter_##id(struct pt_regs *ctx)                                       \
-	{                                                                              \
-		u64 value[3] = {};                                                     \
-                                                                                       \
-		decode;                                                                \
-		return call_enter(ctx, id, value);                                     \
+#define CALL_ENTER(id, decode)                     \
+	int call_enter_##id(struct pt_regs *ctx)   \
+	{                                          \
+		u64 value[3] = {};                 \
+                                                   \
+		decode;                            \
+		return call_enter(ctx, id, value); \
 	}
 
 #define DECODE_none() (void)0
-#define DECODE_registers(first, second, third)                                         \
+#define DECODE_registers(first, second, third) \
 	value[0] = argument(ctx, first), value[1] = argument(ctx, second), value[2] = argument(ctx, third)
 #define DECODE_sdshdr(number) read_sdshdr(argument(ctx, number), &value[0], &value[1])
-#define DECODE_sds(number) read_sds(argument(ctx, number), &value[0], &value[1])
-#define DECODE_client(number, id_offset, id_size, querybuf_offset, lastinteraction_offset, sds_kind)          \
-	read_client(argument(ctx, number), id_offset, id_size, querybuf_offset, lastinteraction_offset, sds_kind, value)
+#define DECODE_sds(number)    read_sds(argument(ctx, number), &value[0], &value[1])
+#define DECODE_client(number, id_offset, id_size, querybuf_offset, lastinteraction_offset, sds_kind)    \
+	read_client(argument(ctx, number), id_offset, id_size, querybuf_offset, lastinteraction_offset, \
+		    sds_kind, value)

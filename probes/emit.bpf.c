@@ -20,10 +20,10 @@ static long (*read_kernel)(void *to, u32 bytes, const void *from) = (void *)BPF_
  * Programs on uprobes may be preempted (Linux commit 8c7dcb84e3b7, v6.0), so even a per-CPU counter
  * is added to atomically.
  */
-#define COUNT(field, amount)                                                           \
-	do {                                                                           \
-		if (counter)                                                           \
-			__sync_fetch_and_add(&counter->field, amount);                 \
+#define COUNT(field, amount)                                           \
+	do {                                                           \
+		if (counter)                                           \
+			__sync_fetch_and_add(&counter->field, amount); \
 	} while (0)
 
 static __always_inline struct probe_counters *counters_of(u32 probe)

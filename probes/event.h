@@ -8,26 +8,26 @@
 #pragma once
 
 struct event {
-	u64 start_ns;    /* CLOCK_MONOTONIC at the call's entry, or of the instant */
+	u64 start_ns;	 /* CLOCK_MONOTONIC at the call's entry, or of the instant */
 	u64 duration_ns; /* of the span; 0 for an instant; UNFINISHED_NS when it had not ended */
-	u64 value[3];    /* decoded arguments; the recording's probe list says what each one means */
-	u32 pid;         /* process (thread group) in the initial pid namespace */
-	u32 tid;         /* thread */
-	u16 probe;       /* index into the recording's probe list */
-	u16 cpu;         /* where the span ended */
-	s32 stack;       /* stack id, or -1 */
+	u64 value[3];	 /* decoded arguments; the recording's probe list says what each one means */
+	u32 pid;	 /* process (thread group) in the initial pid namespace */
+	u32 tid;	 /* thread */
+	u16 probe;	 /* index into the recording's probe list */
+	u16 cpu;	 /* where the span ended */
+	s32 stack;	 /* stack id, or -1 */
 };
 
 /* What one probe did, per CPU; only ever added to. Exact even when the records themselves were lost. */
 struct probe_counters {
-	u64 hits;        /* entries seen */
-	u64 sent;        /* records put into the ring buffer */
+	u64 hits;	 /* entries seen */
+	u64 sent;	 /* records put into the ring buffer */
 	u64 short_calls; /* ended below the minimum duration: counted, not sent */
-	u64 short_ns;    /* total duration of those */
-	u64 lost;        /* records the full ring buffer refused */
+	u64 short_ns;	 /* total duration of those */
+	u64 lost;	 /* records the full ring buffer refused */
 	u64 lost_starts; /* entries for which no place was free; their returns count as unpaired */
-	u64 unpaired;    /* returns whose entry is unknown */
-	u64 abandoned;   /* entries overwritten by a later one in the same frame: the call never returned */
+	u64 unpaired;	 /* returns whose entry is unknown */
+	u64 abandoned;	 /* entries overwritten by a later one in the same frame: the call never returned */
 };
 
 /* What identifies a call in progress: its thread, its probe, and the stack pointer on entry. */
@@ -39,13 +39,13 @@ struct frame {
 
 /* The thread that runs an event loop, filled in by the loader, kept by loop.bpf.c. */
 struct loop_state {
-	u64 wait_end_ns;   /* when epoll_wait last returned; 0 while it waits */
-	u64 accept_ns;     /* when the accept in progress was entered */
-	u64 ready;         /* file descriptors that the wait returned */
-	u64 accepted;      /* connections accepted since */
-	u32 syscall;       /* the watched system call in progress, 0 for none */
-	u32 listener_fd;   /* of the accept in progress */
+	u64 wait_end_ns; /* when epoll_wait last returned; 0 while it waits */
+	u64 accept_ns;	 /* when the accept in progress was entered */
+	u64 ready;	 /* file descriptors that the wait returned */
+	u64 accepted;	 /* connections accepted since */
+	u32 syscall;	 /* the watched system call in progress, 0 for none */
+	u32 listener_fd; /* of the accept in progress */
 };
 
 #define UNFINISHED_NS (~0ULL)
-#define NO_STACK (-1)
+#define NO_STACK      (-1)

@@ -91,7 +91,8 @@ int loop_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 	COUNT(hits, 1);
 	if (result >= 0)
 		loop->accepted++;
-	/* the call that finds the queue empty (EAGAIN) ends every round of accepts: count it, do not send it */
+	/* the call that finds the queue empty (EAGAIN) ends every round of accepts: count it, do not send it
+	 */
 	send_span(&accept, now_ns, result < 0 ? ~0ULL : 0);
 	return 0;
 }

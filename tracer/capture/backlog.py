@@ -127,7 +127,7 @@ class SockDiag:
 
 def socket_inodes(pid: int) -> set[int]:
     """Return the inodes of the sockets a process holds open; empty when it is gone."""
-    inodes = set()
+    inodes: set[int] = set()
     try:
         with os.scandir(f"/proc/{pid}/fd") as entries:
             names = [entry.path for entry in entries]
