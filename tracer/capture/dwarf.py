@@ -272,12 +272,19 @@ class Dwarf:
 
     def _entries_with_name(self, name: str, tag: int) -> Iterator[tuple[int, _Unit]]:
         text = name.encode() + b"\0"
-        patterns = [struct.pack("<I", offset) for offset in _occurrences(self._strings, text)]
-        for pattern in (*patterns, text):
-            for at in _occurrences(self._info, pattern):
-                found = self._entry_around(at, (_AT_NAME,))
-                if found is not None and found[2].tag == tag:
-                    yield found[:2]
+        offsets = list(_occurrences(self._strings, text))
+        whole = [at for at in offsets if at == 0 or self._strings[at - 1] == 0]
+        # Linkers share tails, so a name may be the end of a longer one; but only if it stands nowhere alone.
+        for choice in (whole, sorted(set(offsets) - set(whole))):
+            is_known = False
+            for pattern in (*(struct.pack("<I", offset) for offset in choice), text):
+                for at in _occurrences(self._info, pattern):
+                    found = self._entry_around(at, (_AT_NAME,))
+                    if found is not None and found[2].tag == tag:
+                        is_known = True
+                        yield found[:2]
+            if is_known:
+                return
 
     def _referring(self, origin: int) -> Iterator[tuple[int, _Unit, _Entry]]:
         """Yield the entries that are copies of an entry, in its own unit and in others."""
