@@ -10,8 +10,6 @@ DEFAULTS = [
     "clientsCronResizeQueryBuffer",
     "sdsRemoveFreeSpace",
     "je_pages_purge",
-    "freeClient",
-    "acceptTcpHandler",
 ]
 
 
@@ -53,10 +51,7 @@ def test_decoders_fit_the_three_slots():
         for version in ((2, 8, 17), (3, 2, 6), (7, 0, 15)):
             decoder = catalogue.decoder_for(function, version)
             assert decoder.kind in ("none", "registers", "sdshdr", "sds", "client")
-            assert (
-                len(decoder.params)
-                == {"none": 0, "registers": 3, "sdshdr": 1, "sds": 1, "client": 6}[decoder.kind]
-            )
+            assert len(decoder.params) == {"none": 0, "registers": 3, "sdshdr": 1, "sds": 1, "client": 6}[decoder.kind]
             for field in decoder.fields:
                 assert 0 <= field.slot <= 2
                 assert 0 <= field.shift <= field.shift + field.bits <= 64
@@ -113,9 +108,7 @@ def test_je_pages_purge_reads_its_second_argument_in_every_release():
     for version in ((), (2, 8, 17), (7, 0, 15)):
         decoder = catalogue.decoder_for(catalogue.functions()["je_pages_purge"], version)
         assert (decoder.kind, decoder.params) == ("registers", (2, 0, 0))
-        assert [(field.name, field.unit, field.slot) for field in decoder.fields] == [
-            ("purged_bytes", "bytes", 0)
-        ]
+        assert [(field.name, field.unit, field.slot) for field in decoder.fields] == [("purged_bytes", "bytes", 0)]
 
 
 @pytest.mark.parametrize(
