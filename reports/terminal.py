@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -18,23 +19,37 @@ from stallscope.tracer.units import format_bytes, format_duration_ns
 SHOWN_STALLS = 8
 SHOWN_FUNCTIONS_IN_STALL = 6
 _INDENT = (0, 0, 0, 2)
+_WIDE = 116
 
 
 def render(summary: Summary, console: Console) -> None:
-    """Print a summary: the verdict, stalls, functions, accept queues, and how far to trust it."""
-    blank = False
-    for part in _parts(summary):
-        if blank:
+    """Print a summary: the verdict, stalls, functions, accept queues, and how far to trust it.
+
+    Lines end where their text ends, so that a pipe or a mail gets no trailing blanks.
+    """
+    options = console.options
+    for number, part in enumerate(_parts(summary, options.max_width)):
+        if number:
             console.print()
-        for line in part:
-            console.print(line, highlight=False, markup=False, emoji=False)
-        blank = True
+        for renderable in part:
+            for line in console.render_lines(renderable, options, pad=False):
+                console.print(Segments([*_stripped(line), Segment.line()]), end="")
 
 
 _Line = Text | Padding
 
 
-def _parts(summary: Summary) -> Iterable[list[_Line]]:
+def _stripped(line: list[Segment]) -> list[Segment]:
+    """Return a line without its trailing blanks."""
+    kept = list(line)
+    while kept and not kept[-1].text.strip():
+        kept.pop()
+    if kept:
+        kept[-1] = Segment(kept[-1].text.rstrip(), kept[-1].style)
+    return kept
+
+
+def _parts(summary: Summary, width: int) -> Iterable[list[_Line]]:
     yield [Text(_plain(summary.verdict), style="bold")]
     yield _about(summary)
     if summary.stalls:
@@ -42,7 +57,7 @@ def _parts(summary: Summary) -> Iterable[list[_Line]]:
         yield _inside(summary)
     called = [function for function in summary.functions if function.calls]
     if called:
-        yield _functions(called, summary)
+        yield from _functions(called, summary, width)
         amounts = _amounts(called)
         if amounts:
             yield amounts
@@ -67,14 +82,10 @@ def _about(summary: Summary) -> list[_Line]:
     lines.append(_faint(", ".join(word for word in words if word)))
     if summary.loop:
         loop = summary.loop
-        share = (
-            f" ({_percent(loop.busy_ns, summary.elapsed_ns)} of the time)"
-            if len(summary.targets) == 1
-            else ""
-        )
+        share = f" ({_percent(loop.busy_ns, summary.elapsed_ns)} of the time)" if len(summary.targets) == 1 else ""
         lines.append(
             _faint(
-                f"{loop.iterations:,} event loop iterations, busy for {format_duration_ns(loop.busy_ns)}{share}"
+                f"{_count(loop.iterations, 'event loop iteration')}, busy for {format_duration_ns(loop.busy_ns)}{share}"
             )
         )
     return lines
@@ -86,7 +97,7 @@ def _stalls(summary: Summary) -> list[_Line]:
     shown = sorted(summary.stalls, key=_badness)[-SHOWN_STALLS:]
     if summary.stall_count > len(shown):
         title += f" (the worst {len(shown)} of {summary.stall_count:,})"
-    table = _table("at", "blocked", "queue", "refused", "drained in", "accepted", "mostly in")
+    table = _table("at", "blocked", "queue", "refused", "drain", "accepted", "mostly in")
     for stall in sorted(shown, key=lambda item: item.start_ns):
         queue = "?" if stall.queue_max is None else f"{stall.queue_max:,}/{stall.queue_limit:,}"
         drain = format_duration_ns(stall.drain_ns) if stall.drain_ns else "-"
@@ -105,9 +116,7 @@ def _stalls(summary: Summary) -> list[_Line]:
 
 def _inside(summary: Summary) -> list[_Line]:
     worst = max(summary.stalls, key=_badness)
-    lines: list[_Line] = [
-        _title(f"Inside the worst, {format_duration_ns(worst.duration_ns)} at {worst.start_ns / 1e9:.3f} s")
-    ]
+    lines: list[_Line] = [_title(f"Inside the worst: {format_duration_ns(worst.duration_ns)} at {_clock(worst)}")]
     if len(worst.blamed) > 1:
         lines.append(Padding(Text(" > ".join(_plain(name) for name in worst.blamed)), _INDENT))
     table = _table("function", "calls", "self time", "share", "longest call", first_left=True)
@@ -130,43 +139,52 @@ def _inside(summary: Summary) -> list[_Line]:
     return lines
 
 
-def _functions(functions: list[FunctionSummary], summary: Summary) -> list[_Line]:
-    below = format_duration_ns(summary.min_duration_ns)
-    title = "Functions"
-    if any(function.short_calls for function in functions):
-        title += f" (calls under {below} are counted, not timed one by one)"
-    table = _table(
-        "function", "calls", "p50", "p99", "p99.9", "max", "total", "self", "loop", first_left=True
-    )
+def _functions(functions: list[FunctionSummary], summary: Summary, width: int) -> Iterable[list[_Line]]:
+    """Yield one table where it fits, otherwise one for the time in all calls and one for single calls."""
+    below = f"<{format_duration_ns(summary.min_duration_ns)}"
+
+    def of_all(function: FunctionSummary) -> list[str]:
+        share = "?" if function.busy_share is None else f"{function.busy_share:.1%}"
+        return [format_duration_ns(function.total_ns), format_duration_ns(function.self_ns), share]
+
+    def of_one(function: FunctionSummary) -> list[str]:
+        lengths = (function.p50_ns, function.p99_ns, function.p999_ns, function.max_ns)
+        return [below if length is None else format_duration_ns(length) for length in lengths]
+
+    all_columns, one_columns = ("total", "self", "of loop"), ("p50", "p99", "p99.9", "max")
+    together = _table("function", "calls", *all_columns, *one_columns, first_left=True)
+    first = _table("function", "calls", *all_columns, first_left=True)
+    second = _table("function", *one_columns, first_left=True)
     for function in functions:
-        quantiles = (function.p50_ns, function.p99_ns, function.p999_ns, function.max_ns)
-        table.add_row(
-            Text(_plain(function.name)),
-            f"{function.calls:,}",
-            *(f"<{below}" if value is None else format_duration_ns(value) for value in quantiles),
-            format_duration_ns(function.total_ns),
-            format_duration_ns(function.self_ns),
-            "?" if function.busy_share is None else f"{function.busy_share:.0%}",
-        )
-    return [_title(title), Padding(table, _INDENT)]
+        name, calls = Text(_plain(function.name)), f"{function.calls:,}"
+        together.add_row(name, calls, *of_all(function), *of_one(function))
+        first.add_row(name, calls, *of_all(function))
+        second.add_row(name, *of_one(function))
+    title = "One call"
+    if any(function.short_calls for function in functions):
+        title += f" (shorter than {below[1:]}: counted, not timed one by one)"
+    if width >= _WIDE:
+        yield [_title("Functions"), Padding(together, _INDENT)]
+    else:
+        yield [_title("Functions"), Padding(first, _INDENT)]
+        yield [_title(title), Padding(second, _INDENT)]
 
 
 def _amounts(functions: list[FunctionSummary]) -> list[_Line]:
     table = _table("argument", "total", "smallest", "median", "largest", first_left=True)
     for function in functions:
-        for item in function.fields:
-            if item.total is not None or item.name == "idle_s":
-                name = f"{function.name} {item.name}"
-                numbers = (item.minimum, item.median, item.maximum)
-                total = "" if item.total is None else _amount(item, item.total)
-                table.add_row(Text(_plain(name)), total, *(_amount(item, number) for number in numbers))
+        shown = [item for item in function.fields if item.total is not None or item.name == "idle_s"]
+        if shown:
+            table.add_row(Text(_plain(function.name)))
+        for item in shown:
+            total = "" if item.total is None else _amount(item, item.total)
+            numbers = (item.minimum, item.median, item.maximum)
+            table.add_row(Text(f"  {_plain(item.name)}"), total, *(_amount(item, number) for number in numbers))
     return [_title("Arguments of recorded calls"), Padding(table, _INDENT)] if table.row_count else []
 
 
 def _queues(summary: Summary) -> list[_Line]:
-    table = _table(
-        "listener", "longest", "limit", "refused", "in stalls", "draining", "other", first_left=True
-    )
+    table = _table("listener", "longest", "limit", "refused", "in stalls", "draining", "other", first_left=True)
     for listener in sorted(summary.listeners, key=_listener_order):
         count = listener.overflows
         table.add_row(
@@ -179,13 +197,12 @@ def _queues(summary: Summary) -> list[_Line]:
         count = item.not_attributable
         if count.total:
             numbers = (count.total, count.inside, count.drain, count.outside)
-            table.add_row(
-                Text("not attributable", style="italic"), "", "", *(f"{number:,}" for number in numbers)
-            )
+            table.add_row(Text("not attributable", style="italic"), "", "", *(f"{number:,}" for number in numbers))
     lines: list[_Line] = [_title("Accept queues"), Padding(table, _INDENT)]
     for item in summary.reconciliation:
-        kernel = "an unknown number" if item.counted is None else f"{item.counted:,}"
-        text = f"observed {item.observed:,} of {kernel} of ListenOverflows that the kernel counted"
+        known = "" if item.counted is None else f" of {item.counted:,}"
+        text = f"observed {item.observed:,}{known} ListenOverflows"
+        text += "; the kernel's count at the end is not known" if item.counted is None else " the kernel counted"
         lines.append(Padding(_faint(text), _INDENT))
     return lines
 
@@ -242,16 +259,26 @@ def _amount(item: FieldSummary, number: int) -> str:
 def _cost(name: str, value: float) -> str:
     """Return one measured cost in words: the name carries the unit."""
     stem, _, unit = _plain(name).rpartition("_")
-    text = {
-        "ns": format_duration_ns,
-        "s": lambda seconds: format_duration_ns(seconds * 1e9),
-        "bytes": format_bytes,
-        "ratio": lambda ratio: f"{ratio:.2%}",
-        "share": lambda share: f"{share:.2%}",
-    }.get(unit)
-    if text is None or not stem:
-        return f"{_plain(name).replace('_', ' ')} {value:,.6g}"
-    return f"{stem.replace('_', ' ')} {text(value)}"
+    words = stem.replace("_", " ")
+    if unit == "ns":
+        return f"{words} {format_duration_ns(value)}"
+    if unit == "s":
+        return f"{words} {format_duration_ns(value * 1e9)}"
+    if unit == "bytes":
+        return f"{words} {format_bytes(value)}"
+    if unit in ("ratio", "share"):
+        return f"{words} {value:.2%}"
+    return f"{_plain(name).replace('_', ' ')} {value:,.6g}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _clock(stall: StallSummary) -> str:
+    """Return when a stall began, since the start and by the wall clock, to find it in other logs."""
+    wall = _wall_time(stall.wall_ns, "%H:%M:%S.%f")[:-3]
+    return f"{stall.start_ns / 1e9:.3f} s" + (f" ({wall} UTC)" if wall else "")
 
 
 def _percent(part: float, whole: float) -> str:

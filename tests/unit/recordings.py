@@ -138,9 +138,7 @@ def manifest(**changes: object) -> Manifest:
         ),
         listeners=(ListenerInfo(0, "127.0.0.1:6379", 6379, PID, 1001, 0, LIMIT),),
         namespaces=(
-            NamespaceInfo(
-                0, 4026531840, {"ListenOverflows": 900, "ListenDrops": 950}, {"net.core.somaxconn": "4096"}
-            ),
+            NamespaceInfo(0, 4026531840, {"ListenOverflows": 900, "ListenDrops": 950}, {"net.core.somaxconn": "4096"}),
         ),
         min_duration_ns=1 * MS,
         stall_ns=10 * MS,
@@ -179,9 +177,7 @@ class Builder:
             self._rows.append((at(start_ms), duration_ns, probe, tid or self.tid, values))
         return self
 
-    def resize(
-        self, start_ms: float, duration_ms: float | None, *, idle_s: int, allocated: int, free: int
-    ) -> Builder:
+    def resize(self, start_ms: float, duration_ms: float | None, *, idle_s: int, allocated: int, free: int) -> Builder:
         """Add a call of clientsCronResizeQueryBuffer on the client with fd 77."""
         wall_s = (at(start_ms) + WALL_OFFSET_NS) // 1_000_000_000
         return self.span(RESIZE, start_ms, duration_ms, 77 | (wall_s - idle_s) << 32, allocated, free)
@@ -192,9 +188,7 @@ class Builder:
             self.span(ACCEPT_ID, first_ms + index * every_ms, 0.005, LISTENER_FD, 100 + index)
         return self
 
-    def queue(
-        self, time_ms: float, length: int, drops: int, *, listener: int = 0, limit: int = LIMIT
-    ) -> Builder:
+    def queue(self, time_ms: float, length: int, drops: int, *, listener: int = 0, limit: int = LIMIT) -> Builder:
         """Add a sample of the accept queue."""
         return self.span(QUEUE_ID, time_ms, 0, length | limit << 32, drops, listener)
 
@@ -288,9 +282,7 @@ def add_storm(builder: Builder, start_ms: float, first_overflow: int = 900, firs
     return builder
 
 
-def quiet(
-    builder: Builder, end_ms: float, *, overflow: int = 900, drops: int = 40, after_ms: float = 0
-) -> Builder:
+def quiet(builder: Builder, end_ms: float, *, overflow: int = 900, drops: int = 40, after_ms: float = 0) -> Builder:
     """Add the samples of once a second, of a queue that holds two connections at most."""
     time_ms = after_ms
     while time_ms <= end_ms:

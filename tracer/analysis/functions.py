@@ -169,9 +169,7 @@ def _fields(tables: Tables, probe: ProbeInfo, calls: pd.DataFrame, rows: Ints) -
     summaries = {}
     for item in fields:
         values = decoded[item.name].to_numpy()
-        total = (
-            int(values.sum()) if values.sum(dtype=np.float64) < 2**62 else int(values.sum(dtype=np.float64))
-        )
+        total = int(values.sum()) if values.sum(dtype=np.float64) < 2**62 else int(values.sum(dtype=np.float64))
         middle = (len(values) - 1) // 2
         summaries[item.name] = FieldSummary(
             item.name,

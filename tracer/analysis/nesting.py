@@ -88,9 +88,7 @@ def nest(calls: pd.DataFrame, iterations: pd.DataFrame | None = None) -> Nested:
     return Nested(nested, paths, calls.loc[gone], crossing)
 
 
-def find_parents(
-    tid: npt.NDArray[np.uint32], start: Ints, duration: Ints
-) -> tuple[Ints, npt.NDArray[np.int32], bool]:
+def find_parents(tid: npt.NDArray[np.uint32], start: Ints, duration: Ints) -> tuple[Ints, npt.NDArray[np.int32], bool]:
     """Return for each span the index of the span around it (-1: none), its depth, and whether any crossed.
 
     A span that touches the end of another follows it. Of equal spans the earlier is around the later.
@@ -146,9 +144,7 @@ def _parents_by_depth(depth: npt.NDArray[np.int32]) -> Ints | None:
     return parent
 
 
-def _parents_by_stack(
-    tid: npt.NDArray[np.uint32], start: Ints, end: Ints
-) -> tuple[Ints, npt.NDArray[np.int32]]:
+def _parents_by_stack(tid: npt.NDArray[np.uint32], start: Ints, end: Ints) -> tuple[Ints, npt.NDArray[np.int32]]:
     """Return parents by containment and depths, one span after the other: for spans that cross."""
     parent = np.full(len(start), NO_PARENT, np.int64)
     depth = np.zeros(len(start), np.int32)

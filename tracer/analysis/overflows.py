@@ -49,9 +49,7 @@ def increases(tables: Tables, counter: str = LISTEN_OVERFLOWS) -> pd.DataFrame:
         samples = _counter(tables, namespace.index, counter)
         if not len(samples.time_ns):
             continue
-        before = np.concatenate(
-            [[namespace.counters_start.get(counter, samples.value[0])], samples.value[:-1]]
-        )
+        before = np.concatenate([[namespace.counters_start.get(counter, samples.value[0])], samples.value[:-1]])
         grown = samples.value - before
         rows = np.flatnonzero(grown > 0)
         ticks = _sampling_times(tables, namespace.index)
@@ -65,9 +63,7 @@ def increases(tables: Tables, counter: str = LISTEN_OVERFLOWS) -> pd.DataFrame:
         )
     if parts:
         return pd.concat(parts, ignore_index=True)
-    return pd.DataFrame(
-        {name: np.zeros(0, np.int64) for name in ("namespace", "after_ns", "seen_ns", "count")}
-    )
+    return pd.DataFrame({name: np.zeros(0, np.int64) for name in ("namespace", "after_ns", "seen_ns", "count")})
 
 
 def attribute_overflows(tables: Tables) -> pd.DataFrame:

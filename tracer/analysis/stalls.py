@@ -105,14 +105,12 @@ def time_by_function(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
         }
     )
     groups = inside.groupby(["stall", "probe"], sort=True)
-    result = groups.agg(
-        calls=("self_ns", "size"), self_ns=("self_ns", "sum"), longest_ns=("longest_ns", "max")
-    )
+    result = groups.agg(calls=("self_ns", "size"), self_ns=("self_ns", "sum"), longest_ns=("longest_ns", "max"))
     longest = groups["longest_ns"].idxmax().to_numpy().astype(np.int64)
     result = result.reset_index().assign(longest_call=call[longest] if len(longest) else longest)
-    return result.sort_values(
-        ["stall", "self_ns"], ascending=[True, False], kind="stable", ignore_index=True
-    ).astype(np.int64)
+    return result.sort_values(["stall", "self_ns"], ascending=[True, False], kind="stable", ignore_index=True).astype(
+        np.int64
+    )
 
 
 def loop_observed(tables: Tables) -> bool:
@@ -165,8 +163,7 @@ def _with_queue(frame: pd.DataFrame, tables: Tables) -> pd.DataFrame:
     begin = frame["start_ns"].to_numpy()
     end = begin + frame["duration_ns"].to_numpy()
     added = {
-        name: np.full(count, NOT_KNOWN, np.int64)
-        for name in ("listener", "queue_start", "queue_max", "queue_limit")
+        name: np.full(count, NOT_KNOWN, np.int64) for name in ("listener", "queue_start", "queue_max", "queue_limit")
     }
     fill = np.full(count, -1.0)
     drain = np.zeros(count, np.int64)

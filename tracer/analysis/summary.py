@@ -266,14 +266,10 @@ def summarise(recording: Recording) -> Summary:
     return dataclasses.replace(summary, verdict=sentence(summary))
 
 
-def _stalls(
-    tables: Tables, nested: Nested, stalls: Stalls, names: dict[int, str]
-) -> tuple[StallSummary, ...]:
+def _stalls(tables: Tables, nested: Nested, stalls: Stalls, names: dict[int, str]) -> tuple[StallSummary, ...]:
     frame = stalls.frame
     refused = frame["overflows"] + frame["overflows_drain"]
-    worst = (
-        frame.assign(refused=refused).nlargest(KEPT_STALLS, ["refused", "duration_ns"]).index.sort_values()
-    )
+    worst = frame.assign(refused=refused).nlargest(KEPT_STALLS, ["refused", "duration_ns"]).index.sort_values()
     listeners = {listener.index: listener.address for listener in tables.manifest.listeners}
     functions = stalls.functions.loc[stalls.functions["stall"].isin(worst)]
     by_stall = dict(iter(functions.groupby("stall")))
@@ -319,9 +315,7 @@ def _stalls(
     return tuple(summaries)
 
 
-def _worst_calls(
-    tables: Tables, nested: Nested, row: pd.Series[Any], names: dict[int, str]
-) -> tuple[CallInStall, ...]:
+def _worst_calls(tables: Tables, nested: Nested, row: pd.Series[Any], names: dict[int, str]) -> tuple[CallInStall, ...]:
     first, last = int(row["first_call"]), int(row["last_call"])
     inside = nested.calls.iloc[first:last]
     worst = inside.iloc[np.argsort(-inside["self_ns"].to_numpy(), kind="stable")[:KEPT_CALLS]]

@@ -155,9 +155,7 @@ def build_tables(recording: Recording) -> Tables:
     return Tables(
         recording=recording,
         calls=spans.frame(CALL, "probe", "row"),
-        iterations=spans.with_fields(ITERATION, "ready", "accepted").astype(
-            {"ready": "uint64", "accepted": "uint64"}
-        ),
+        iterations=spans.with_fields(ITERATION, "ready", "accepted").astype({"ready": "uint64", "accepted": "uint64"}),
         accepts=spans.with_fields(ACCEPT, "listener_fd", "fd").drop(columns="unfinished"),
         queues=spans.samples(QUEUE, ("listener", "queue_length", "queue_limit", "drops"), ("listener",)),
         counters=spans.samples(COUNTER, ("namespace", "counter", "count"), ("namespace", "counter")),
@@ -179,9 +177,7 @@ def check_fields(manifest: Manifest) -> None:
         for item in probe.fields:
             inside = 0 <= item.slot <= 2 and 0 <= item.shift < 64 and 1 <= item.bits <= 64
             if not inside or (item.bits == 64 and item.shift):
-                raise RecordingError(
-                    f"field {item.name} of probe {probe.name} is impossible; the file is damaged"
-                )
+                raise RecordingError(f"field {item.name} of probe {probe.name} is impossible; the file is damaged")
 
 
 class _Spans:
@@ -214,9 +210,8 @@ class _Spans:
         tid = _column(self._recording, "tid")[rows]
         order = span_order(tid, start, duration)
         if order is not None:
-            start, duration, tid, unfinished, rows = (
-                column[order] for column in (start, duration, tid, unfinished, rows)
-            )
+            start, duration, tid = start[order], duration[order], tid[order]
+            unfinished, rows = unfinished[order], rows[order]
         columns: dict[str, npt.NDArray[Any]] = {
             "start_ns": start,
             "duration_ns": duration,

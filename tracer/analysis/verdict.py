@@ -26,48 +26,35 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
     """Return everything that makes the numbers incomplete, one line each, with the remedy if there is one."""
     lines = []
     if not summary.complete:
-        lines.append(
-            "the recording was cut short: calls and event loop iterations that had not ended are not in it"
-        )
+        lines.append("the recording was cut short: calls and event loop iterations that had not ended are not in it")
     if summary.stall_basis != ITERATIONS:
         lines.append("the event loop was not observed: calls of the main thread stand for stalls")
     for loss in summary.losses:
         if loss.lost:
-            lines.append(
-                f"{loss.name}: {loss.lost:,} calls were seen and could not be kept; record fewer functions"
-            )
+            lines.append(f"{loss.name}: {loss.lost:,} calls were seen and could not be kept; record fewer functions")
     for function in summary.functions:
         if function.unpaired and not function.lost:
             lines.append(f"{function.name}: {function.unpaired:,} calls were under way when it was attached")
         if function.abandoned:
-            lines.append(
-                f"{function.name}: {function.abandoned:,} calls never returned (longjmp) and are left out"
-            )
-    silent = [function.name for function in summary.functions if function.counted and not function.hits]
+            lines.append(f"{function.name}: {function.abandoned:,} calls never returned (longjmp) and are left out")
+    silent = ", ".join(function.name for function in summary.functions if function.counted and not function.hits)
     if silent:
-        lines.append(
-            f"attached, but never fired: {', '.join(silent)}; not called, or inlined or bypassed: stallscope probes tells"
-        )
+        why = "not called, or inlined or bypassed: stallscope probes tells"
+        lines.append(f"attached, but never fired: {silent}; {why}")
     for item in summary.reconciliation:
         if item.counted is not None and item.observed != item.counted:
             lines.append(
                 f"observed {item.observed:,} of {item.counted:,} overflows the kernel counted; the rest has no time"
             )
     if tables.damaged_rows or tables.unknown_rows:
-        lines.append(
-            f"{tables.damaged_rows + tables.unknown_rows:,} rows are damaged or unknown and were left out"
-        )
+        lines.append(f"{tables.damaged_rows + tables.unknown_rows:,} rows are damaged or unknown and were left out")
     if nested.crossing:
-        lines.append(
-            "calls cross each other, which cannot be: the recording is damaged, self times are not exact"
-        )
+        lines.append("calls cross each other, which cannot be: the recording is damaged, self times are not exact")
     return (*lines, *_rows_missing(summary, tables))
 
 
 def _of_stalls(summary: Summary) -> str:
-    worst = max(
-        summary.stalls, key=lambda stall: (stall.overflows + stall.overflows_drain, stall.duration_ns)
-    )
+    worst = max(summary.stalls, key=lambda stall: (stall.overflows + stall.overflows_drain, stall.duration_ns))
     refused = worst.overflows + worst.overflows_drain
     length = format_duration_ns(worst.duration_ns)
     at_least = "at least " if worst.unfinished else ""
@@ -77,16 +64,15 @@ def _of_stalls(summary: Summary) -> str:
     elif worst.queue_max is None:
         text += "; the accept queue was not observed"
     else:
-        text += (
-            f"; no connection was refused (accept queue at most {worst.queue_max:,} of {worst.queue_limit:,})"
-        )
+        text += f"; no connection was refused (accept queue at most {worst.queue_max:,} of {worst.queue_limit:,})"
     text += "."
+    others = sum(listener.overflows.total for listener in summary.listeners) - refused
     if summary.stall_count > 1:
-        text += f" It is the worst of {summary.stall_count:,} stalls, {format_duration_ns(summary.stall_total_ns)} together"
-        others = summary.overflows.total - refused
-        text += f"; {others:,} more connections were refused in the recording." if others > 0 else "."
-    elif summary.overflows.total > refused:
-        text += f" Another {summary.overflows.total - refused:,} connections were refused at other times."
+        together = format_duration_ns(summary.stall_total_ns)
+        text += f" It is the worst of {summary.stall_count:,} stalls, {together} together"
+        text += f"; {_refused(others)} at other times." if others > 0 else "."
+    elif others > 0:
+        text += f" At other times {_refused(others)}."
     return text
 
 
@@ -102,12 +88,10 @@ def _by(stall: StallSummary) -> str:
 
 
 def _of_overflows(summary: Summary) -> str:
-    text = f"{_refused(summary.overflows.total).capitalize()}, but no stall was seen"
+    text = f"{_refused(summary.overflows.total).capitalize()}, but no stall was recorded"
     fullest = max(summary.listeners, key=lambda item: item.queue_max or 0, default=None)
     if fullest is not None and fullest.queue_max is not None:
-        text += (
-            f" (accept queue of {fullest.address} at most {fullest.queue_max:,} of {fullest.queue_limit:,})"
-        )
+        text += f" (accept queue of {fullest.address} at most {fullest.queue_max:,} of {fullest.queue_limit:,})"
     if summary.reconciliation and not any(listener.overflows.total for listener in summary.listeners):
         text += "; none can be attributed to the listeners that were watched"
     return f"{text}."
@@ -124,9 +108,7 @@ def _of_nothing(summary: Summary) -> str:
     sampled = [listener for listener in summary.listeners if listener.queue_max is not None]
     if sampled:
         fullest = max(sampled, key=lambda item: item.queue_max or 0)
-        looked.append(
-            f"an accept queue of at most {fullest.queue_max:,} of {fullest.queue_limit:,}, no overflows"
-        )
+        looked.append(f"an accept queue of at most {fullest.queue_max:,} of {fullest.queue_limit:,}, no overflows")
     if not looked:
         return f"Nothing was observed in {format_duration_ns(summary.elapsed_ns)}: this says nothing about Redis."
     return f"Nothing wrong was seen in {format_duration_ns(summary.elapsed_ns)}: {'; '.join(looked)}."
@@ -138,7 +120,7 @@ def _limits(summary: Summary) -> str:
     if lost:
         text += f" {lost:,} events were lost, so this is not the whole picture."
     if not summary.complete:
-        text += " The recording was cut short."
+        text += " The recording was cut short, a stall in progress is not in it."
     return text
 
 
