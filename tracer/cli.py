@@ -18,6 +18,8 @@ from stallscope.tracer.errors import EXIT_DATA_LOST, EXIT_FAILED, EXIT_UNABLE, S
 from stallscope.tracer.units import format_duration_ns, parse_bytes, parse_duration_ns
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from stallscope.tracer.capture.recorder import Progress
 
 _MAX_LOST_SHARE = 0.01
@@ -218,7 +220,7 @@ def summary(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
-        terminal.render(result, terminal.console())
+        terminal.render(result, _console())
 
 
 @cli.command()
@@ -242,7 +244,6 @@ def probes(pid: int | None, binary: Path | None, probes: tuple[str, ...], as_jso
     """
     from stallscope.probes.catalogue import functions
     from stallscope.reports import probes as report
-    from stallscope.reports import terminal
     from stallscope.tracer.capture.binary import open_binary
     from stallscope.tracer.capture.redis_target import open_target
     from stallscope.tracer.capture.symbols import resolve
@@ -254,7 +255,7 @@ def probes(pid: int | None, binary: Path | None, probes: tuple[str, ...], as_jso
     if as_json:
         click.echo(json.dumps(report.describe(resolutions), indent=2))
     else:
-        report.render(resolutions, terminal.console())
+        report.render(resolutions, _console())
 
 
 @cli.command()
@@ -271,16 +272,22 @@ def doctor(pid: int | None, as_json: bool) -> None:
       sudo stallscope doctor -p 4711 --json
     """
     from stallscope.reports import doctor as report
-    from stallscope.reports import terminal
     from stallscope.tracer.capture.preflight import FAILED, check_machine, check_server
 
     checks = [*check_machine(), *(check_server(pid) if pid is not None else ())]
     if as_json:
         click.echo(json.dumps(report.describe(checks), indent=2))
     else:
-        report.render(checks, terminal.console())
+        report.render(checks, _console())
     if any(check.needed and check.state == FAILED for check in checks):
         sys.exit(EXIT_UNABLE)
+
+
+def _console() -> Console:
+    """Return where tables go: stdout, in colour only on a terminal and without NO_COLOR, 80 columns in a pipe."""
+    from rich.console import Console
+
+    return Console(highlight=False)
 
 
 def main() -> None:

@@ -25,8 +25,6 @@ def test_cron_functions_are_standing_and_per_client_ones_are_not():
         "clientsCronResizeQueryBuffer": "detail",
         "sdsRemoveFreeSpace": "detail",
         "je_pages_purge": "detail",
-        "freeClient": "detail",
-        "acceptTcpHandler": "detail",
     }
 
 
