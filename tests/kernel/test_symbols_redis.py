@@ -47,7 +47,7 @@ def nm(binary: Path, *options: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_builds_fire_both_functions(name):
     binary = lab(name)
-    found = by_name(binary, catalogue.default_functions())
+    found = by_name(binary, [*CRON, "je_pages_purge", "freeClient", "acceptTcpHandler"])
     addresses = nm(binary)
     for function, resolution in found.items():
         assert resolution.status in ("found", "alias"), function
@@ -57,9 +57,7 @@ def test_stock_builds_fire_both_functions(name):
             assert attachment.offset == expected
     assert found["sdsRemoveFreeSpace"].status == "found"
     purge = [one.symbol for one in found["je_pages_purge"].attachments]
-    assert purge == (
-        ["je_pages_purge_lazy", "je_pages_purge_forced"] if name == "5.0.6" else ["je_pages_purge"]
-    )
+    assert purge == (["je_pages_purge_lazy", "je_pages_purge_forced"] if name == "5.0.6" else ["je_pages_purge"])
 
 
 def test_link_time_optimised_2_8_17_is_probed_where_the_work_went():
@@ -84,7 +82,7 @@ def test_without_its_debug_information_it_is_still_not_called_found(tmp_path):
 
 def test_debian_7_0_15_trims_through_sds_resize():
     binary = debian()
-    found = by_name(binary, catalogue.default_functions())
+    found = by_name(binary, [*CRON, "je_pages_purge", "freeClient", "acceptTcpHandler"])
     addresses = nm(binary, "-D")
     assert found["sdsRemoveFreeSpace"].status == "alias"
     assert found["sdsRemoveFreeSpace"].address == addresses["sdsResize"]
@@ -144,8 +142,7 @@ def test_offsets_of_the_client_in_debug_information_are_those_of_the_table(name)
 
 @pytest.mark.parametrize(
     ("name", "server", "version"),
-    [(name, "redis", name.split("-")[0]) for name in [*STOCK, "2.8.17-lto"]]
-    + [("debian", "redis", "7.0.15")],
+    [(name, "redis", name.split("-")[0]) for name in [*STOCK, "2.8.17-lto"]] + [("debian", "redis", "7.0.15")],
 )
 def test_the_release_is_read_from_the_binary(name, server, version):
     binary = open_binary(debian() if name == "debian" else lab(name))
@@ -155,7 +152,7 @@ def test_the_release_is_read_from_the_binary(name, server, version):
 @pytest.mark.parametrize("name", ["2.8.17", "5.0.6", "debian"])
 def test_eight_functions_are_resolved_before_anyone_notices(name):
     path = debian() if name == "debian" else lab(name)
-    names = [*catalogue.default_functions(), "databasesCron"]
+    names = [*CRON, "je_pages_purge", "freeClient", "acceptTcpHandler", "databasesCron"]
     resolve(path, names)
     started = time.perf_counter()
     resolve(path, names)
