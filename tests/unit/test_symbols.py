@@ -1,5 +1,7 @@
 """Every answer of the resolver on small programs whose truth is known, because they are built here."""
 
+import io
+import json
 import lzma
 import os
 import shutil
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from rich.console import Console
 
+from stallscope.reports.probes import describe, render
 from stallscope.tracer.capture import debugfiles
 from stallscope.tracer.capture.binary import FileImage, open_binary, open_process
 from stallscope.tracer.capture.dwarf import Dwarf
@@ -531,3 +535,16 @@ def test_crc_is_that_of_the_debug_link(tmp_path):
     debug.write_bytes(b"anything")
     run("objcopy", f"--add-gnu-debuglink={debug}", binary)
     assert ElfFile(str(binary)).debug_link == ("x.debug", zlib.crc32(b"anything"))
+
+
+def test_the_table_and_the_plain_data_of_probes(tmp_path):
+    found = resolve(server(tmp_path), ["clientsCronResizeQueryBuffer", "no[thing]", "libfoo:bar"], full=True)
+    entries = json.loads(json.dumps(describe(found)))
+    assert [one["status"] for one in entries] == ["found", "missing", "missing"]
+    assert entries[0]["callers"] == ["clientsCron"]
+    assert entries[0]["arguments"][0] == {"name": "client_id", "unit": "low 32 bits of the client id"}
+    assert entries[0]["attachments"][0]["offset"] == found[0].attachments[0].offset
+    output = io.StringIO()
+    render(found, Console(file=output, width=160))
+    assert "clientsCronResizeQueryBuffer+0x" in output.getvalue()
+    assert "no[thing]" in output.getvalue()
