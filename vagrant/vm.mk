@@ -2,7 +2,8 @@
 #   make vm           build its image (root; nothing to do when it is current)
 #   make test-vm      the kernel tests on Debian's 6.1 kernel
 #   make test-vm-all  the same on 6.1 and 6.12
-VM ?= vagrant/vm
+PYTHON ?= python3
+VM ?= $(PYTHON) vagrant/vm
 VM_KERNELS := 6.1 6.12
 VM_TESTS ?= python -m pytest tests/kernel -q
 
@@ -12,6 +13,7 @@ vm:
 	$(VM) build
 
 $(VM_KERNELS:%=test-vm-%): test-vm-%: vm
+	rm -rf .vm/results/$*
 	$(VM) run --kernel $* --out .vm/results/$* -- $(VM_TESTS)
 
 test-vm: test-vm-6.1

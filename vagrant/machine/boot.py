@@ -102,9 +102,7 @@ def run(
         if returned is None:
             what = "the machine ended before its command did; its kernel's last lines say why"
             if ending is Ending.NOT_UP_IN_TIME:
-                what = (
-                    f"the machine was not up after {limits.boot_s:.0f} s; on a busy host raise --boot-timeout"
-                )
+                what = f"the machine was not up after {limits.boot_s:.0f} s; on a busy host raise --boot-timeout"
             raise DidNotComeUpError(what, _last_lines(console))
         if returned.exit_code == EXIT_TIMED_OUT:
             note(f"the command's time of {limits.command_s} s may be up; see --timeout")

@@ -186,7 +186,5 @@ def run(
         out=out,
         limits=boot.Limits(boot_s=boot_s, command_s=command_s, results_mib=results_mib),
     )
-    _note(
-        f"exit code {code} after {time.monotonic() - started:.1f} s, {'KVM' if machine.kvm else 'emulated'}"
-    )
+    _note(f"exit code {code} after {time.monotonic() - started:.1f} s, {'KVM' if machine.kvm else 'emulated'}")
     sys.exit(code)

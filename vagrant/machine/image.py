@@ -142,9 +142,7 @@ def _take_kernel(tree: Path, kernel: str, folder: Path) -> None:
     """Copy a kernel out of the tree and write its initrd."""
     modules = next((tree / "lib/modules").glob(f"{kernel}.*"), None)
     if modules is None:
-        raise MachineError(
-            f"no Linux {kernel} in the root tree; check {inputs.KERNELS[kernel]} on the mirror"
-        )
+        raise MachineError(f"no Linux {kernel} in the root tree; check {inputs.KERNELS[kernel]} on the mirror")
     folder.mkdir()
     shutil.copy(tree / "boot" / f"vmlinuz-{modules.name}", folder / "vmlinuz")
     guest = inputs.PACKAGE / "guest"
@@ -156,9 +154,7 @@ def _check_host() -> None:
     if shutil.which("mmdebstrap") is None and shutil.which("debootstrap") is None:
         missing.add("mmdebstrap")
     if missing:
-        raise MachineError(
-            f"cannot build the image: missing tools; apt-get install {' '.join(sorted(missing))}"
-        )
+        raise MachineError(f"cannot build the image: missing tools; apt-get install {' '.join(sorted(missing))}")
     if os.geteuid() != 0:
         raise MachineError("cannot build the image as an ordinary user: chroot needs root; run sudo make vm")
 

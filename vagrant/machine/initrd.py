@@ -71,9 +71,7 @@ def _uncompressed(module: Path) -> bytes:
         return content
     if module.suffix == ".xz":
         return lzma.decompress(content)
-    raise MachineError(
-        f"cannot unpack {module}: only .ko and .ko.xz are known; choose a stock Debian 12 kernel"
-    )
+    raise MachineError(f"cannot unpack {module}: only .ko and .ko.xz are known; choose a stock Debian 12 kernel")
 
 
 class _Newc:

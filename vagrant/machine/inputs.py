@@ -77,9 +77,7 @@ def _project_table(pyproject: Path) -> dict[str, object]:
         except (tomllib.TOMLDecodeError, KeyError) as error:
             raise MachineError(f"cannot use {pyproject}: {error}; repair its [project] table") from error
         return table
-    raise MachineError(
-        f"cannot read {pyproject}: this Python has no tomllib; run vagrant/vm with Python 3.11 or newer"
-    )
+    raise MachineError(f"cannot read {pyproject}: this Python has no tomllib; run vagrant/vm with Python 3.11 or newer")
 
 
 def mirrors(apt: Path = Path("/etc/apt")) -> tuple[str, str]:

@@ -15,8 +15,7 @@ QEMU = "qemu-system-x86_64"
 # The quickest kernel under emulation: nothing here guards secrets, and the emulated TSC is steady.
 # transparent_hugepage: with huge pages the copy that stalls Redis is five times shorter.
 KERNEL_ARGUMENTS = (
-    "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable nowatchdog net.ifnames=0"
-    " transparent_hugepage=never"
+    "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable nowatchdog net.ifnames=0 transparent_hugepage=never"
 )
 
 # mov dx, 0xf4; mov al, 0x10; out dx, al; hlt: tells the isa-debug-exit device to end qemu
@@ -50,11 +49,7 @@ def arguments(machine: Machine, cargo_in: Path, cargo_out: Path, console: Path) 
     qemu starts below setpriv so that the kernel ends it when its starter dies, whatever kills that.
     """
     # la57=off: a fifth level of page tables only makes every emulated page walk longer.
-    cpu = (
-        ["-accel", "kvm", "-cpu", "host"]
-        if machine.kvm
-        else ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]
-    )
+    cpu = ["-accel", "kvm", "-cpu", "host"] if machine.kvm else ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]
     return [
         "setpriv", "--pdeathsig", "KILL",
         QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35",
@@ -89,9 +84,7 @@ def kvm_works(timeout_s: float = KVM_PROBE_TIMEOUT_S, device: Path = Path("/dev/
             "-drive", f"file={sector.name},format=raw,if=floppy,readonly=on",
         ]  # fmt: skip
         try:
-            ended = subprocess.run(
-                probe, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
-            )
+            ended = subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired:
             return False
         except FileNotFoundError as error:

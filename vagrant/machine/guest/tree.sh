@@ -45,4 +45,4 @@ if command -v mmdebstrap >/dev/null && [ -z "${STALLSCOPE_VM_DEBOOTSTRAP:-}" ]; 
 else
     with_debootstrap "$@"
 fi
-rm -rf "$tree"/var/lib/apt/lists/* "$tree"/var/cache/apt/*
+rm -rf "$tree"/var/lib/apt/lists/* "$tree"/var/cache/apt/* "$tree/etc/resolv.conf"
