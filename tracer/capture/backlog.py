@@ -49,6 +49,8 @@ COUNTER_FIELDS = (
 REPEAT_NS = 1_000_000_000
 """An unchanged value is stored again after this long, so that a gap in the samples can be told from silence."""
 
+_NOTHING: npt.NDArray[np.void] = np.zeros(0, EVENT)
+
 # Linux include/uapi/linux/sock_diag.h and inet_diag.h
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -155,6 +157,8 @@ class _Namespace:
         self.foreign: set[int] = set()
         self.known: list[ListenerState] = []
         self.next_walk_ns = 0
+        self.last_counts: tuple[int, ...] = ()
+        self.next_repeat_ns = 0
 
     def states(self, now_ns: int) -> list[ListenerState]:
         """Return the watched listeners' states; all listeners' when it was time to look for new ones."""
@@ -219,10 +223,15 @@ class BacklogSampler:
                 value = (state.queue_length | state.queue_limit << 32, state.drops, info.index)
                 if self._changed(QUEUE_PROBE, info.index, value, now_ns):
                     rows.append((now_ns, info.pid, QUEUE_PROBE, value))
-            for counter, count in enumerate(place.counters.read()):
-                value = (counter, count, place.info.index)
-                if self._changed(COUNTER_PROBE, counter | place.info.index << 8, value, now_ns):
-                    rows.append((now_ns, 0, COUNTER_PROBE, value))
+            counts = place.counters.read()
+            if counts != place.last_counts or now_ns >= place.next_repeat_ns:
+                place.last_counts, place.next_repeat_ns = counts, now_ns + REPEAT_NS
+                for counter, count in enumerate(counts):
+                    value = (counter, count, place.info.index)
+                    if self._changed(COUNTER_PROBE, counter | place.info.index << 8, value, now_ns):
+                        rows.append((now_ns, 0, COUNTER_PROBE, value))
+        if not rows:
+            return _NOTHING
         events = np.zeros(len(rows), EVENT)
         for event, (start_ns, pid, probe, value) in zip(events, rows, strict=True):
             event["start_ns"], event["pid"], event["tid"], event["probe"] = start_ns, pid, pid, probe

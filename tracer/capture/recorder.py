@@ -36,6 +36,9 @@ FLUSH_NS = 500_000_000
 """Rows and counters are written at least this often, so a file that is cut short lacks less than a second."""
 
 FLUSH_ROWS = 32_768
+READ_NS = 50_000_000
+"""How often waiting records are fetched; nobody is woken for them."""
+
 _SEARCH_NS = 250_000_000
 """How often a server that went away is looked for again on its port."""
 
@@ -152,7 +155,7 @@ class Recorder:
     def _record(self, writer: RecordingWriter, on_progress: Callable[[Progress], None]) -> Manifest:
         sample_ns = self.options.trace.sample_ns
         pending: list[npt.NDArray[np.void]] = []
-        next_sample = next_search = time.monotonic_ns()
+        next_sample = next_search = next_read = time.monotonic_ns()
         next_flush = self._started_ns + FLUSH_NS
         shown = 0
         last = self._manifest()
@@ -160,7 +163,10 @@ class Recorder:
             self._stop.wait(max(next_sample - time.monotonic_ns(), 0) / 1e9)
             now_ns = time.monotonic_ns()
             next_sample = max(next_sample + sample_ns, now_ns)
-            pending += [self._sampler.sample(now_ns), self._look_at(self._traced.read())]
+            pending.append(self._sampler.sample(now_ns))
+            if now_ns >= next_read or self._traced.is_filling:
+                next_read = now_ns + READ_NS
+                pending.append(self._look_at(self._traced.read()))
             if now_ns >= next_search:
                 next_search = now_ns + _SEARCH_NS
                 self._follow_targets()

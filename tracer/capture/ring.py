@@ -31,6 +31,11 @@ class RingReader:
         self._producer = np.frombuffer(self._producer_map, "<u8", 1)
         self._data = np.frombuffer(self._producer_map, RING_RECORD, 2 * ring_bytes // RING_RECORD.itemsize, page)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Return how much of the ring's data area is in use."""
+        return int(self._producer[0]) - int(self._consumer[0])
+
     def read(self) -> npt.NDArray[np.void]:
         """Return all committed records (dtype ``EVENT``, a copy) and give their room back to the kernel."""
         # x86-64 loads are ordered: the position read here is never newer than the records behind it

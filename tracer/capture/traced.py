@@ -120,6 +120,11 @@ class TracedSet:
         """Keep something the reader of the recording must know."""
         self.notes.append(Note(time.monotonic_ns(), text))
 
+    @property
+    def is_filling(self) -> bool:
+        """Return whether a ring buffer is a quarter full and should be read before its time."""
+        return any(program.ring.waiting_bytes * 4 > self.options.ring_bytes for program in self._programs)
+
     def read(self) -> npt.NDArray[np.void]:
         """Return all waiting records (dtype ``EVENT``)."""
         events = np.concatenate([program.ring.read() for program in self._programs])
