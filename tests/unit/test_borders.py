@@ -1,0 +1,65 @@
+"""The borders of ARCHITECTURE.md, enforced on every import statement of the project."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path for folder in ("tracer", "reports", "probes") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def importers(name: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        for imported in imports(path)
+        if imported == name or imported.startswith(f"{name}.")
+    }
+
+
+def test_there_is_something_to_walk() -> None:
+    assert len(SOURCES) > 20
+    assert "tracer/capture/recorder.py" in importers("numpy")
+
+
+def test_only_capture_imports_bcc() -> None:
+    assert all(place.startswith("tracer/capture/") for place in importers("bcc"))
+
+
+def test_only_reports_import_plotly() -> None:
+    assert all(place.startswith("reports/") for place in importers("plotly"))
+
+
+@pytest.mark.parametrize("forbidden", ["stallscope.tracer.capture", "rich", "click", "bcc"])
+def test_analysis_is_pure(forbidden: str) -> None:
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/analysis/")}
+
+
+def test_nothing_imports_the_command_line() -> None:
+    assert importers("stallscope.tracer.cli") == set()
+
+
+def test_analysis_does_not_print() -> None:
+    for path in (ROOT / "tracer" / "analysis").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path
+
+
+def test_recorder_does_not_load_pandas() -> None:
+    """What runs beside a production server stays thin."""
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "tracer" / "capture"):
+            assert "pandas" not in {name.partition(".")[0] for name in imports(path)}, path
