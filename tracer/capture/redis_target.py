@@ -215,21 +215,17 @@ def _is_whole(reply: bytes) -> bool:
 
 
 def _redis_like_pids() -> Iterator[int]:
-    for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
-        if _LOOKS_LIKE_REDIS.search(_name(int(entry))) or _LOOKS_LIKE_REDIS.search(_exe_name(int(entry))):
-            yield int(entry)
+    import psutil  # only a search by port needs it
+
+    for process in psutil.process_iter(["pid", "name", "exe"]):
+        names = (process.info["name"] or "", Path(process.info["exe"] or "").name)
+        if any(_LOOKS_LIKE_REDIS.search(name) for name in names):
+            yield process.info["pid"]
 
 
 def _name(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _exe_name(pid: int) -> str:
-    try:
-        return Path(os.readlink(f"/proc/{pid}/exe")).name
     except OSError:
         return ""
 
