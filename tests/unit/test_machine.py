@@ -106,9 +106,7 @@ def append(file, text):
     file.write_text(file.read_text() + text)
 
 
-@pytest.mark.parametrize(
-    "name", ["vagrant/packages.txt", "vagrant/requirements.txt", "vagrant/machine/guest/init"]
-)
+@pytest.mark.parametrize("name", ["vagrant/packages.txt", "vagrant/requirements.txt", "vagrant/machine/guest/init"])
 def test_another_input_is_another_image(checkout, name):
     before = inputs.digest(checkout)
     append(checkout / name, "\nstrace\n")
@@ -153,9 +151,7 @@ URIs: https://s.example/debian-security
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("sources.list", ONE_LINE), ("sources.list.d/debian.sources", DEB822)]
-)
+@pytest.mark.parametrize(("name", "text"), [("sources.list", ONE_LINE), ("sources.list.d/debian.sources", DEB822)])
 def test_mirrors_are_those_of_the_host(tmp_path, name, text):
     (tmp_path / "sources.list.d").mkdir()
     (tmp_path / "sources.list.d/other.list").write_text("deb https://packages.example/apt stable main\n")
@@ -335,9 +331,7 @@ def test_the_machine_under_kvm(tmp_path):
     assert argv[argv.index("-accel") + 1 : argv.index("-accel") + 4] == ["kvm", "-cpu", "host"]
 
 
-@pytest.mark.parametrize(
-    ("body", "works"), [("sys.exit(33)", True), ("sys.exit(0)", False), ("signal.pause()", False)]
-)
+@pytest.mark.parametrize(("body", "works"), [("sys.exit(33)", True), ("sys.exit(0)", False), ("signal.pause()", False)])
 def test_kvm_works_only_when_it_runs_code_in_time(fake_qemu, tmp_path, body, works):
     fake_qemu("")
     script = Path(shutil.which(qemu.QEMU))
@@ -439,9 +433,7 @@ def test_without_qemu_the_package_is_named(run, tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_behind_is_removed_by_the_next(fake_qemu, run, tmp_path):
-    ended = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
-    )
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     (tmp_path / f"tmp/stallscope-vm.{int(ended.stdout)}.abc").mkdir()
     fake_qemu(f'say("{GREETING}"); bring_back(exit_code="0")')
     assert run()[0] == 0
