@@ -17,6 +17,9 @@ from stallscope.tracer.errors import RecordingError
 
 FORMAT_VERSION = 1
 
+_MAX_INTEGER = 2**62
+"""No clock, counter or inode reaches this; sums of two such numbers still fit 64 bits."""
+
 CALL = "call"
 ITERATION = "iteration"
 ACCEPT = "accept"
@@ -259,8 +262,13 @@ def _convert(hint: Any, value: object, place: str) -> Any:
         return {str(key): _convert(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     if origin is types.UnionType or origin is typing.Union:
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not -_MAX_INTEGER < value < _MAX_INTEGER:
+            raise RecordingError(f"the recording's {place} is beyond any clock or counter; the file is damaged")
+        if hint is float:
+            return float(value)
+        if hint is int and isinstance(value, int):
+            return value
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise RecordingError(f"the recording's {place} has the wrong form; the file is damaged")

@@ -79,6 +79,8 @@ class RecordingWriter:
         except OSError as error:
             raise StallscopeError(f"cannot write {path}: {error.strerror}; choose another file with -o") from error
         self._stream = pa.ipc.new_stream(self._file, self._schema)
+        # pyarrow holds the schema, and with it the manifest, back until the first batch
+        self._write(empty_events(), {})
 
     def write(
         self, events: npt.NDArray[np.void], counters: Counters | None = None, manifest: Manifest | None = None
@@ -176,9 +178,10 @@ def read_recording(path: Path) -> Recording:
         source = pa.memory_map(str(path))
         reader = pa.ipc.open_stream(source)
         document = json.loads((reader.schema.metadata or {})[METADATA_KEY])
-    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+        columns = dict(zip(reader.schema.names, reader.schema.types, strict=True))
+    except (OSError, pa.ArrowException, ValueError, KeyError, RecursionError) as error:
         raise RecordingError(f"{path} is not a stallscope recording; give a file made by stallscope record") from error
-    if tuple(reader.schema.names) != COLUMNS or list(reader.schema.types) != list(_FLAT.values()):
+    if list(columns.items()) != list(_FLAT.items()):
         raise RecordingError(f"{path} has other columns than a recording of this version; it cannot be read")
     manifest = Manifest.from_json(document.get("manifest") if isinstance(document, dict) else None)
     counters: Counters | None = None
@@ -202,7 +205,9 @@ def _batches(reader: pa.RecordBatchStreamReader) -> Iterator[tuple[pa.RecordBatc
             batch, metadata = reader.read_next_batch_with_custom_metadata()
             batch.validate(full=True)
             side = json.loads(metadata[METADATA_KEY]) if metadata is not None and METADATA_KEY in metadata else {}
-        except (StopIteration, OSError, pa.ArrowException, ValueError):
+        except (StopIteration, OSError, pa.ArrowException, ValueError, RecursionError):
+            return
+        if any(column.null_count for column in batch.columns):
             return
         yield batch, side if isinstance(side, dict) else {}
 

@@ -164,11 +164,11 @@ def _label(probe: ProbeInfo, tables: Tables) -> str:
 def _fields(tables: Tables, probe: ProbeInfo, calls: pd.DataFrame, rows: Ints) -> tuple[FieldSummary, ...]:
     if not len(rows) or not probe.fields:
         return ()
-    decoded = tables.decoded(probe, calls.iloc[rows])
+    decoded = tables.decode(probe, calls["start_ns"].to_numpy()[rows], calls["row"].to_numpy()[rows])
     fields = [*probe.fields, Field("idle_s", "s", 0)] if "idle_s" in decoded else list(probe.fields)
     summaries = {}
     for item in fields:
-        values = decoded[item.name].to_numpy()
+        values = decoded[item.name]
         total = int(values.sum()) if values.sum(dtype=np.float64) < 2**62 else int(values.sum(dtype=np.float64))
         middle = (len(values) - 1) // 2
         summaries[item.name] = FieldSummary(

@@ -103,15 +103,19 @@ class Tables:
         """
         table = self.calls if calls is None else calls
         table = table.loc[table["probe"].to_numpy() == probe.id]
-        rows = table["row"].to_numpy()
+        columns = self.decode(probe, table["start_ns"].to_numpy(), table["row"].to_numpy())
+        return pd.DataFrame(columns, index=table.index)
+
+    def decode(self, probe: ProbeInfo, start_ns: Ints, rows: Ints) -> dict[str, npt.NDArray[Any]]:
+        """Return what :meth:`decoded` returns, as arrays, of the calls at these places in the recording."""
         columns: dict[str, npt.NDArray[Any]] = {
             item.name: extract(self.values(item.slot)[rows], item) for item in probe.fields
         }
         last = columns.get("last_interaction_s")
         if last is not None:
-            wall_s = (table["start_ns"].to_numpy() + self.manifest.wall_offset_ns) // NS_PER_S
+            wall_s = (start_ns + self.manifest.wall_offset_ns) // NS_PER_S
             columns["idle_s"] = wall_s - last.astype(np.int64)
-        return pd.DataFrame(columns, index=table.index)
+        return columns
 
     def values(self, slot: int) -> npt.NDArray[np.uint64]:
         """Return one of the three value columns of the whole recording, in the order it was written."""
