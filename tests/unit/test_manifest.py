@@ -39,7 +39,7 @@ def test_what_has_a_default_may_be_missing() -> None:
 
 
 def test_another_format_version_names_the_remedy() -> None:
-    with pytest.raises(RecordingError, match="format 2 is not known here.*newer"):
+    with pytest.raises(RecordingError, match=r"format 2 is not known here.*newer"):
         Manifest.from_json(document() | {"format_version": 2})
 
 
@@ -56,7 +56,7 @@ def test_what_is_missing_is_named(required: str) -> None:
 
 @pytest.mark.parametrize("wrong", [None, "7", [], {}, True, 1.5, 2**63, -(2**63)])
 def test_an_integer_of_another_kind_or_beyond_any_clock_is_refused(wrong: object) -> None:
-    with pytest.raises(RecordingError, match="manifest.started_ns"):
+    with pytest.raises(RecordingError, match=r"manifest\.started_ns"):
         Manifest.from_json(document() | {"started_ns": wrong})
 
 
@@ -73,7 +73,8 @@ def test_no_value_of_another_type_gets_through() -> None:
             try:
                 Manifest.from_json(broken)
             except RecordingError as error:
-                assert "\n" not in str(error)
+                message = str(error)
+                assert "\n" not in message  # noqa: PT017
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "x", [], [1]])

@@ -40,7 +40,7 @@ def test_any_text_is_a_duration_or_a_usage_error(text: str) -> None:
     try:
         assert parse_duration_ns(text) >= 0
     except UsageError as error:
-        assert "500us" in str(error)
+        assert "500us" in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize(

@@ -126,15 +126,25 @@ def _shares(tables: Tables, grown: pd.DataFrame, listeners: list[int]) -> npt.ND
         # Linux sk_acceptq_is_full: strictly above
         above[:, column] = (length.at(seen) > limit.at(seen)) | (length.at(after) > limit.at(after))
     total = shares.sum(axis=1)
-    crowded = total > count
-    if crowded.any():
-        shares[crowded] = shares[crowded] * (count[crowded] / total[crowded])[:, None]
-        missing = count[crowded] - shares[crowded].sum(axis=1)
-        shares[np.flatnonzero(crowded), shares[crowded].argmax(axis=1)] += missing
+    # listeners drop for other reasons too: those with a full queue come first
+    full = _share_out(count, np.where(above, shares, 0))
+    shares = full + _share_out(count - full.sum(axis=1), np.where(above, 0, shares))
     # a kernel or a listener that counts no drops of its own
     silent = (total == 0) & (above.sum(axis=1) == 1)
     shares[silent] = np.where(above[silent], count[silent][:, None], 0)
     return shares
+
+
+def _share_out(amount: Ints, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return ``wanted`` where the amount suffices, else its parts in proportion; shape (rows, columns)."""
+    total = wanted.sum(axis=1)
+    short = np.flatnonzero(total > amount)
+    if not len(short):
+        return wanted
+    given = wanted.copy()
+    given[short] = wanted[short] * (amount[short] / total[short])[:, None]
+    given[short, wanted[short].argmax(axis=1)] += amount[short] - given[short].sum(axis=1)
+    return given
 
 
 def _counter(tables: Tables, namespace: int, counter: str) -> Step:
