@@ -49,11 +49,7 @@ settle_the_running_machine() {
     fi
 }
 
-if [ -n "$in_image" ]; then
-    install_packages "$project/vagrant/packages.txt"
-else
-    install_packages "$project/vagrant/packages.txt" "$project/vagrant/packages-build.txt"
-fi
+install_packages "$project/vagrant/packages.txt"
 install_python
 put_on_path
 [ -n "$in_image" ] || settle_the_running_machine
