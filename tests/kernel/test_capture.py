@@ -177,8 +177,12 @@ class TestSpans:
         counters = recorded.rows.counters("jumper")
         assert counters.hits == 19 * 5
         assert counters.sent == counters.short_calls == counters.unpaired == 0
-        assert recorded.rows.of("jumper").empty, "none is under way at the end"
-        assert counters.abandoned == 19 * 5
+        # The last round's may still look under way: nothing has used their frames since, but they are inside
+        # a call that has ended, so the analysis leaves them out.
+        left = recorded.rows.of("jumper")
+        assert counters.abandoned + len(left) == 19 * 5
+        assert len(left) <= 5
+        assert (left["start_ns"] < recorded.rows.of("jump_and_land")["end_ns"].max()).all()
 
     def test_of_a_thread_that_ended_in_a_call_do_not_exist(self, recorded: Recorded) -> None:
         assert recorded.rows.of("leave_thread").empty
@@ -252,15 +256,17 @@ class TestUnderWay:
         assert ended_ns > 0
 
     def test_attaching_amid_calls_leaves_none_half_seen(self, program: Nesting, traced: Traced) -> None:
-        program.send("flood 20011")
+        program.send("flood-on")
+        program.told("flooding")
         traced.attach()
+        program.send("enough")
+        program.told()
         program.told()
         _, unfinished, counters = traced.set.stop()
         seen = counters[traced.probe("flooded")]
         assert len(unfinished) == 0
         assert seen.abandoned == 0, "entries without a return between the two probes of one function"
-        assert seen.hits == seen.sent + seen.lost
-        assert 0 < seen.hits < 20011, "the test must have attached while the calls went on"
+        assert seen.hits == seen.sent + seen.lost > 0
 
     def test_a_call_that_has_not_ended_is_recorded_as_unfinished(self, program: Nesting, traced: Traced) -> None:
         traced.attach()
@@ -287,8 +293,9 @@ class TestUnderWay:
         rows = traced.set.read()
         seen = counters[traced.probe("recurse")]
         assert seen.hits == 3 * 101
-        assert len(unfinished) == 0
-        assert (len(rows), seen.abandoned) == (3 * 64, 3 * 37)
+        assert len(rows) == seen.sent == 3 * 64
+        assert seen.abandoned + len(unfinished) == 3 * 37
+        assert seen.abandoned >= 2 * 37
         begun = {call.before: call for call in calls}
         for row in rows:
             call = begun[max(before for before in begun if before <= row["start_ns"])]

@@ -135,10 +135,9 @@ def running_nesting(binary: Path) -> Iterator[Nesting]:
 class Recorder:
     """A ``stallscope record`` whose probes are attached."""
 
-    def __init__(self, process: subprocess.Popen[bytes], path: Path, prefix: Sequence[str]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], path: Path) -> None:
         self.process = process
         self.path = path
-        self._prefix = prefix
         self._said = b""
 
     @property
@@ -149,7 +148,7 @@ class Recorder:
     def said(self) -> str:
         """Everything it has said on stderr so far."""
         assert self.process.stderr is not None
-        while select.select([self.process.stderr], [], [], 0)[0]:
+        while not self.process.stderr.closed and select.select([self.process.stderr], [], [], 0)[0]:
             part = os.read(self.process.stderr.fileno(), 65536)
             if not part:
                 break
@@ -169,6 +168,12 @@ class Recorder:
     def recording(self) -> Recording:
         return read_recording(self.path)
 
+    def close(self) -> None:
+        """Keep what it said and let go of its stderr."""
+        assert self.process.stderr is not None
+        assert self.said is not None
+        self.process.stderr.close()
+
 
 @contextmanager
 def recording(path: Path, *words: str, prefix: Sequence[str] = ()) -> Iterator[Recorder]:
@@ -180,8 +185,8 @@ def recording(path: Path, *words: str, prefix: Sequence[str] = ()) -> Iterator[R
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    recorder = Recorder(process, path)
     try:
-        recorder = Recorder(process, path, prefix)
         recorder.wait_until_it_says("all probes attached")
         yield recorder
     finally:
@@ -189,8 +194,7 @@ def recording(path: Path, *words: str, prefix: Sequence[str] = ()) -> Iterator[R
             process.send_signal(signal.SIGCONT)
             process.kill()
         process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
+        recorder.close()
 
 
 class Rows:

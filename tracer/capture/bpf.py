@@ -79,7 +79,8 @@ class BpfMap:
         """Remove the key; a key that is not there is fine."""
         self._key[0] = key
         with contextlib.suppress(FileNotFoundError):
-            _bpf(_MAP_DELETE_ELEM, self._attributes(self._value))
+            # the kernel refuses a request with anything beyond the key
+            _bpf(_MAP_DELETE_ELEM, struct.pack("=IIQ", self.fd, 0, self._key.ctypes.data))
 
     def items(self, limit: int = 1 << 20) -> Iterator[tuple[Any, npt.NDArray[Any]]]:
         """Yield (key, value) pairs; entries that come or go meanwhile may be missed."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from stallscope.probes.catalogue import Decoder
 from stallscope.tracer.capture.bpf import BpfMap, attach_raw_tracepoint, attach_uprobe
+from stallscope.tracer.capture.frames import has_left
 from stallscope.tracer.capture.loader import KPROBE, RAW_TRACEPOINT, Loader
 from stallscope.tracer.capture.ring import RingReader
 from stallscope.tracer.errors import SurroundingsError
@@ -111,7 +112,9 @@ class Program:
     def attach_call(self, probe: int, path: str, offset: int, pid: int) -> tuple[int, int]:
         """Attach entry and return of a function in one process; returns handles for ``detach``.
 
-        The entry goes first: a call that is under way is then simply not seen.
+        The return goes first: of a call that is entered between the two, only the return is seen, which
+        counts as unpaired. The other way round it would seem under way for ever. A call that is under way
+        already is not seen at all.
 
         Args:
             probe: id given in ``calls``.
@@ -121,12 +124,12 @@ class Program:
         Raises:
             SurroundingsError: the kernel refuses.
         """
-        entry = self._keep(attach_uprobe(self._program(_ENTER.format(probe)), path, offset, pid, is_return=False))
+        returned = self._keep(attach_uprobe(self._program(_RETURN.format(probe)), path, offset, pid, is_return=True))
         try:
-            program = self._program(_RETURN.format(probe))
-            return entry, self._keep(attach_uprobe(program, path, offset, pid, is_return=True))
+            program = self._program(_ENTER.format(probe))
+            return self._keep(attach_uprobe(program, path, offset, pid, is_return=False)), returned
         except SurroundingsError:
-            self.detach(entry)
+            self.detach(returned)
             raise
 
     def attach_loop(self) -> None:
@@ -172,13 +175,17 @@ class Program:
                 totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names})
         return totals
 
-    def unfinished(self) -> npt.NDArray[np.void]:
-        """Return the calls and iterations that have begun and not ended (dtype ``EVENT``).
+    def unfinished(self) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
+        """Return the calls and iterations that have begun and not ended, and the calls that never will.
 
-        ``duration_ns`` is ``UNFINISHED_NS``. Entries that longjmp left behind are among them; whoever
-        has the finished spans can tell (the thread moved on).
+        Both have dtype ``EVENT`` and the ``duration_ns`` ``UNFINISHED_NS``. A call never ends whose frame
+        the thread has left by longjmp or by ending, and so it is with one nested deeper than the 64
+        returns per thread that the kernel follows (Linux include/linux/uprobes.h, MAX_URETPROBE_DEPTH).
+        A thread that is running right now cannot be asked: its calls count as not ended.
         """
-        parts = [np.zeros(0, EVENT), *(call for _, call in self._calls.items())]
+        parts = [np.zeros(0, EVENT)]
+        left = [np.zeros(0, EVENT)]
+        # first, so that no call seems older than an iteration that began after it ended
         for tid, states in self._loops.items() if self._loops is not None else ():
             state = states[0]
             if state["wait_end_ns"]:
@@ -189,10 +196,18 @@ class Program:
                     [(state["ready"], state["accepted"], 0)],
                 )
                 parts.append(iteration)
-        unfinished = np.concatenate(parts)
-        unfinished["duration_ns"] = UNFINISHED_NS
-        unfinished["stack"] = NO_STACK
-        return unfinished
+        for frame, call in self._calls.items():
+            if not has_left(int(call[0]["pid"]), int(frame["tid"]), int(frame["sp"])):
+                parts.append(call)
+                continue
+            still = self._calls.lookup(frame)  # or did it return a moment ago, as calls should?
+            if still is not None and still[0] == call[0]:
+                left.append(call)
+        unfinished, abandoned = np.concatenate(parts), np.concatenate(left)
+        for events in (unfinished, abandoned):
+            events["duration_ns"] = UNFINISHED_NS
+            events["stack"] = NO_STACK
+        return unfinished, abandoned
 
     def close(self) -> None:
         """Detach everything and free the programs and maps."""

@@ -30,7 +30,7 @@ from stallscope.tracer.capture.traced import TracedSet, TraceOptions
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import Counters, Manifest, ProbeCounters, TargetInfo
-from stallscope.tracer.recording import RecordingWriter
+from stallscope.tracer.recording import RecordingWriter, empty_events
 
 FLUSH_NS = 500_000_000
 """Rows and counters are written at least this often, so a file that is cut short lacks less than a second."""
@@ -159,11 +159,13 @@ class Recorder:
         next_flush = self._started_ns + FLUSH_NS
         shown = 0
         last = self._manifest()
+        writer.write(empty_events())  # the manifest is in the file before anything can end us
         while not self._is_over(time.monotonic_ns()):
-            self._stop.wait(max(next_sample - time.monotonic_ns(), 0) / 1e9)
+            self._stop.wait(max(min(next_sample, next_read) - time.monotonic_ns(), 0) / 1e9)
             now_ns = time.monotonic_ns()
-            next_sample = max(next_sample + sample_ns, now_ns)
-            pending.append(self._sampler.sample(now_ns))
+            if now_ns >= next_sample:
+                next_sample = max(next_sample + sample_ns, now_ns)
+                pending.append(self._sampler.sample(now_ns))
             if now_ns >= next_read or self._traced.is_filling:
                 next_read = now_ns + READ_NS
                 pending.append(self._look_at(self._traced.read()))

@@ -146,12 +146,19 @@ class TracedSet:
             unfinished), and the in-kernel counters at that moment. Records up to it, and some later ones,
             are still to be read.
         """
-        ended_ns = time.monotonic_ns()
-        unfinished = np.concatenate([program.unfinished() for program in self._programs])
+        spans = [program.unfinished() for program in self._programs]
         counters = self.counters()
+        ended_ns = time.monotonic_ns()
+        unfinished, left = _under_way(
+            np.concatenate([unfinished for unfinished, _ in spans]), ended_ns, self.options.stall_ns
+        )
+        left = np.concatenate([left, *(left_behind for _, left_behind in spans)])
+        for probe, count in zip(*np.unique(left["probe"], return_counts=True), strict=True):
+            counter = counters[int(probe)]
+            counters[int(probe)] = replace(counter, abandoned=counter.abandoned + int(count))
         for program in self._programs:
             program.detach_all()
-        return ended_ns, _under_way(unfinished, ended_ns, self.options.stall_ns), counters
+        return ended_ns, unfinished, counters
 
     def close(self) -> None:
         """Detach and free everything; may be called at any time, more than once."""
@@ -263,8 +270,10 @@ def _fixed_probes(options: TraceOptions) -> list[ProbeInfo]:
     ]
 
 
-def _under_way(unfinished: npt.NDArray[np.void], ended_ns: int, stall_ns: int) -> npt.NDArray[np.void]:
-    """Return the spans that were really under way at the end.
+def _under_way(
+    unfinished: npt.NDArray[np.void], ended_ns: int, stall_ns: int
+) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
+    """Return the spans that were really under way at the end, and the calls that were left behind.
 
     An iteration counts once it is a stall. A call in a thread whose event loop iteration began after it
     was left behind by longjmp: that thread is elsewhere.
@@ -272,6 +281,6 @@ def _under_way(unfinished: npt.NDArray[np.void], ended_ns: int, stall_ns: int) -
     iterations = unfinished[unfinished["probe"] == ITERATION_PROBE]
     calls = unfinished[unfinished["probe"] != ITERATION_PROBE]
     began_ns = {int(row["tid"]): int(row["start_ns"]) for row in iterations}
-    alive = [int(row["start_ns"]) >= began_ns.get(int(row["tid"]), 0) for row in calls]
-    long_enough = [ended_ns - int(row["start_ns"]) >= stall_ns for row in iterations]
-    return np.concatenate([calls[np.array(alive, bool)], iterations[np.array(long_enough, bool)]])
+    alive = np.array([int(row["start_ns"]) >= began_ns.get(int(row["tid"]), 0) for row in calls], bool)
+    long_enough = np.array([ended_ns - int(row["start_ns"]) >= stall_ns for row in iterations], bool)
+    return np.concatenate([calls[alive], iterations[long_enough]]), calls[~alive]

@@ -7,6 +7,7 @@
  * AFTER around it by its caller, all CLOCK_MONOTONIC in ns; an END or AFTER of 0 was never reached.
  */
 #define _GNU_SOURCE
+#include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdatomic.h>
@@ -172,6 +173,18 @@ PROBED void flooded(long number)
 	sink += number;
 }
 
+/* Calls it until there is another line on stdin. */
+static void flood_on(void)
+{
+	struct pollfd input = {.fd = 0, .events = POLLIN};
+
+	puts("flooding");
+	fflush(stdout);
+	while (poll(&input, 1, 0) == 0)
+		for (long number = 0; number < 100; number++)
+			flooded(number);
+}
+
 static void *call_leaf_often(void *count)
 {
 	for (long number = 0; number < (long)count; number++)
@@ -235,6 +248,8 @@ static void obey(const char *command, long count, long number)
 		in_threads(call_leaf_often, count, number);
 	else if (!strcmp(command, "leave"))
 		in_threads(leave, count, number);
+	else if (!strcmp(command, "flood-on"))
+		flood_on();
 	else if (!strcmp(command, "fork"))
 		fork_and_call(count);
 }
