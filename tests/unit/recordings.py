@@ -314,7 +314,8 @@ def cut_short(path: Path) -> Path:
     builder.queue(995, 3, 40).counter(995, 900)
     builder.queue(1495, 512, 40)
     builder.queue(1505, 512, 51).counter(1505, 911)
-    return builder.write(path, 1505, complete=False)
+    counters = {ITERATION_ID: ProbeCounters(hits=20, short_calls=20, short_ns=5 * MS)}
+    return builder.write(path, 1505, counters, complete=False)
 
 
 def with_losses(path: Path) -> Path:

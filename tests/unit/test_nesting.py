@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import CLIENTS, CRON, ITERATION_ID, PURGE, RESIZE, TRIM, Builder, add_storm
 
@@ -58,6 +58,7 @@ def columns(spans: list[Span]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tid, start, duration
 
 
+@settings(deadline=None)
 @given(call_trees())
 def test_self_times_sum_to_the_total_of_the_roots(spans: list[Span]) -> None:
     tid, start, duration = columns(spans)
@@ -71,6 +72,7 @@ def test_self_times_sum_to_the_total_of_the_roots(spans: list[Span]) -> None:
         assert own[mine].sum() == duration[order][mine & (depth == 0)].sum()
 
 
+@settings(deadline=None)
 @given(call_trees())
 def test_every_call_lies_inside_its_parent_and_one_level_deeper(spans: list[Span]) -> None:
     tid, start, duration = columns(spans)
@@ -88,6 +90,7 @@ def test_every_call_lies_inside_its_parent_and_one_level_deeper(spans: list[Span
         assert start[index] + duration[index] <= start[outer] + duration[outer]
 
 
+@settings(deadline=None)
 @given(call_trees())
 def test_the_tree_is_the_one_the_program_made_where_time_tells_it(spans: list[Span]) -> None:
     """Where all starts and ends of a thread differ, nothing is ambiguous."""
@@ -109,6 +112,7 @@ def test_the_tree_is_the_one_the_program_made_where_time_tells_it(spans: list[Sp
     assert not crossing
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(0, 30)), max_size=40))
 def test_spans_that_cross_end_in_a_tree_too(rows: list[tuple[int, int, int]]) -> None:
     frame = pd.DataFrame(rows, columns=["tid", "start", "duration"]).astype(np.int64)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import (
     CLIENTS,
@@ -21,7 +21,6 @@ from recordings import (
     STARTED_NS,
     TRIM,
     Builder,
-    add_storm,
     known_call,
     manifest,
     two_stalls,
@@ -262,6 +261,7 @@ def test_not_attributable_overflows_count_for_no_stall(tmp_path: Path) -> None:
     assert stalls.overflows[["listener", "phase", "count"]].to_numpy().tolist() == [[-1, INSIDE, 3]]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(0, 600), st.integers(0, 9), st.integers(0, 9)), max_size=30),
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), max_size=6),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stallscope.tracer.errors import UsageError
@@ -35,6 +35,7 @@ def test_what_is_no_duration_is_a_usage_error(text: str) -> None:
         parse_duration_ns(text)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_a_duration_or_a_usage_error(text: str) -> None:
     try:
@@ -79,6 +80,7 @@ def test_bytes_are_in_powers_of_1000(count: int, expected: str) -> None:
     assert format_bytes(count) == expected
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**17))
 def test_a_duration_written_is_the_duration_read_within_its_digits(duration_ns: int) -> None:
     written = format_duration_ns(duration_ns)

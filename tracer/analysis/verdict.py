@@ -102,9 +102,10 @@ def _of_nothing(summary: Summary) -> str:
     looked = []
     if summary.loop and summary.loop.iterations:
         limit = format_duration_ns(summary.stall_ns)
-        looked.append(f"{summary.loop.iterations:,} event loop iterations, all shorter than {limit}")
+        looked.append(f"{_count(summary.loop.iterations, 'event loop iteration')}, all shorter than {limit}")
     if fired:
-        looked.append(f"{sum(function.calls for function in fired):,} calls of {len(fired)} functions")
+        calls = sum(function.calls for function in fired)
+        looked.append(f"{_count(calls, 'call')} of {_count(len(fired), 'function')}")
     sampled = [listener for listener in summary.listeners if listener.queue_max is not None]
     if sampled:
         fullest = max(sampled, key=lambda item: item.queue_max or 0)
@@ -122,6 +123,10 @@ def _limits(summary: Summary) -> str:
     if not summary.complete:
         text += " The recording was cut short, a stall in progress is not in it."
     return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _refused(count: int) -> str:
