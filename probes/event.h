@@ -28,6 +28,7 @@ struct probe_counters {
 	u64 lost_starts; /* entries for which no place was free; their returns count as unpaired */
 	u64 unpaired;	 /* returns whose entry is unknown */
 	u64 abandoned;	 /* entries overwritten by a later one in the same frame: the call never returned */
+	u64 thinned;	 /* not sent because more came per second than the limit allows; counted in hits */
 };
 
 /* What identifies a call in progress: its thread, its probe, and the stack pointer on entry. */
@@ -45,6 +46,40 @@ struct loop_state {
 	u64 accepted;	 /* connections accepted since */
 	u32 syscall;	 /* the watched system call in progress, 0 for none */
 	u32 listener_fd; /* of the accept in progress */
+};
+
+/* A listening socket to watch, by its socket cookie; filled in by the loader. */
+struct watched_listener {
+	u32 index; /* in the recording's list of listeners */
+	u32 pid;
+};
+
+/* A connection that waits in an accept queue, by the address of its socket. */
+struct waiting_connection {
+	u64 enqueued_ns;
+	u64 listener; /* struct sock * */
+	u32 index;
+	u32 pid;
+};
+
+/*
+ * What listener.bpf.c sends, as offsets from PROBE_LISTENER. All have the same values: value[0] accept queue
+ * length, its limit and the peer's port; value[1] and [2] the peer's IPv6 address (IPv4 mapped); tid the
+ * index of the listener; stack the length of the SYN queue.
+ */
+enum listener_event {
+	SYN_TAKEN,
+	SYN_REFUSED_ACCEPT_QUEUE_FULL,
+	SYN_REFUSED_SYN_QUEUE_FULL,
+	SYN_REFUSED_OTHERWISE,
+	SYN_COOKIE_SENT,
+	ACK_REFUSED_SILENTLY,
+	ACK_REFUSED_WITH_RST,
+	COOKIE_ACK_REFUSED,
+	ACK_REFUSED_OTHERWISE,
+	CONNECTION_ENQUEUED,
+	CONNECTION_ACCEPTED, /* a span: from the enqueue to accept() */
+	LISTENER_EVENTS,
 };
 
 #define UNFINISHED_NS (~0ULL)

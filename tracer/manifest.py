@@ -25,7 +25,8 @@ ITERATION = "iteration"
 ACCEPT = "accept"
 QUEUE = "queue"
 COUNTER = "counter"
-KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER)
+LISTENER = "listener"
+KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER, LISTENER)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class ListenerInfo:
         index: the number in a queue sample's ``listener`` field.
         address: ``127.0.0.1:6379`` or ``[::1]:6379``; pid: its owner; inode: of the socket.
         limit: accept queue limit in connections (the backlog after the somaxconn clamp).
+        cookie: the kernel's number of the socket, never used again.
     """
 
     index: int
@@ -100,6 +102,7 @@ class ListenerInfo:
     inode: int
     namespace: int
     limit: int
+    cookie: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class NamespaceInfo:
         inode: the namespace's inode number; index: the number in a counter sample's ``namespace`` field.
         counters_start, counters_end: TcpExt counters by name (``ListenOverflows``); end is empty until the footer.
         sysctls: ``net.core.somaxconn`` and others that decide what happens on overflow.
+        other_overflows: overflows of listeners that were not watched, where kernel probes saw them.
     """
 
     index: int
@@ -117,6 +121,7 @@ class NamespaceInfo:
     counters_start: dict[str, int]
     sysctls: dict[str, str] = field(default_factory=dict)
     counters_end: dict[str, int] = field(default_factory=dict)
+    other_overflows: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class ProbeCounters:
     lost_starts: int = 0
     unpaired: int = 0
     abandoned: int = 0
+    thinned: int = 0
 
     @property
     def missing(self) -> int:

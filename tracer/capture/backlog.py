@@ -84,6 +84,11 @@ class ListenerState:
     identity: bytes
 
     @property
+    def cookie(self) -> int:
+        """Return the kernel's number of this socket, which no other socket ever has."""
+        return int.from_bytes(self.identity[40:48], "little")
+
+    @property
     def name(self) -> str:
         """Return ``127.0.0.1:6379`` or ``[::1]:6379``."""
         return f"[{self.address}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.address}:{self.port}"
@@ -277,14 +282,9 @@ class BacklogSampler:
                 place.foreign.add(state.inode)
                 continue
             info = ListenerInfo(
-                len(self.listeners),
-                state.name,
-                state.port,
-                owner,
-                state.inode,
-                place.info.index,
-                state.queue_limit,
-            )
+                len(self.listeners), state.name, state.port, owner, state.inode, place.info.index,
+                state.queue_limit, state.cookie,
+            )  # fmt: skip
             self.listeners.append(info)
             place.watched[state.inode] = info
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -54,8 +55,11 @@ def load_bcc() -> ModuleType:
 
 
 def bcc_version() -> str:
-    """Return bcc's version, as ``0.26.0``; raises as ``load_bcc``."""
-    return str(getattr(load_bcc(), "__version__", "unknown"))
+    """Return the installed bcc's version, as ``0.26.0``, without loading it; "" when there is none."""
+    for folder in _folders():
+        match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", (folder / "version.py").read_text(encoding="utf-8"))
+        return match[1] if match else ""
+    return ""
 
 
 def _folders() -> Iterator[Path]:

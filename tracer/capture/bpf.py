@@ -35,7 +35,7 @@ _RAW_TRACEPOINT_OPEN = 17
 _PERF_EVENT_IOC_ENABLE = 0x2400
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
 _PERF_FLAG_FD_CLOEXEC = 8
-_UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe")
+_PMUS = Path("/sys/bus/event_source/devices")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -114,25 +114,62 @@ def attach_uprobe(program_fd: int, path: str, offset: int, pid: int, *, is_retur
     Raises:
         SurroundingsError: the kernel refuses; says why and what to do.
     """
-    kind, return_bit = _uprobe_pmu()
     path_buffer = ctypes.create_string_buffer(os.fsencode(path))
+    try:
+        return _attach_probe(program_fd, "uprobe", ctypes.addressof(path_buffer), offset, pid, is_return=is_return)
+    except OSError as error:
+        raise SurroundingsError(_why_not(error.errno or 0, path, offset, pid)) from error
+
+
+def attach_kprobe(program_fd: int, function: str, *, is_return: bool) -> int:
+    """Attach a loaded program to a kernel function; returns the handle.
+
+    Raises:
+        SurroundingsError: the kernel refuses, has no kprobes, or no such function.
+    """
+    name_buffer = ctypes.create_string_buffer(function.encode())
+    try:
+        return _attach_probe(program_fd, "kprobe", ctypes.addressof(name_buffer), 0, -1, is_return=is_return)
+    except OSError as error:
+        raise SurroundingsError(f"cannot attach a kprobe to {function}: {error.strerror}") from error
+
+
+def attach_tracing(program_fd: int, function: str) -> int:
+    """Attach a loaded fentry or fexit program to the function it was loaded for; returns the handle.
+
+    Raises:
+        SurroundingsError: the kernel refuses.
+    """
+    try:
+        return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QI", 0, program_fd))
+    except OSError as error:
+        raise SurroundingsError(f"cannot attach fentry to {function}: {error.strerror}") from error
+
+
+def _attach_probe(program_fd: int, kind: str, target: int, offset: int, pid: int, *, is_return: bool) -> int:
+    """Open a kprobe or uprobe perf event and attach the program; raises OSError.
+
+    Args:
+        program_fd: the program. kind: ``kprobe`` or ``uprobe``.
+        target: address of the function's name or the file's path; offset: in the function or file, bytes.
+        pid: process to probe, -1 for all.
+        is_return: probe the return instead of the entry.
+    """
+    pmu, return_bit = _pmu(kind)
     # struct perf_event_attr, PERF_ATTR_SIZE_VER5: type, size, config, 3 x u64, flags, wakeup, bp_type,
-    # config1 = uprobe_path, config2 = probe_offset
-    attributes = struct.pack(
-        "=IIQQQQQIIQQ",
-        kind, 112, int(is_return) << return_bit, 0, 0, 0, 0, 0, 0, ctypes.addressof(path_buffer), offset,
-    )  # fmt: skip
+    # config1 = uprobe_path or kprobe_func, config2 = probe_offset
+    attributes = struct.pack("=IIQQQQQIIQQ", pmu, 112, int(is_return) << return_bit, 0, 0, 0, 0, 0, 0, target, offset)
     buffer = ctypes.create_string_buffer(attributes, 112)
     cpu = 0 if pid < 0 else -1
     handle: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, buffer, pid, cpu, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC))
     if handle < 0:
-        raise SurroundingsError(_why_not(ctypes.get_errno(), path, offset, pid))
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     try:
         fcntl.ioctl(handle, _PERF_EVENT_IOC_SET_BPF, program_fd)
         fcntl.ioctl(handle, _PERF_EVENT_IOC_ENABLE, 0)
-    except OSError as error:
+    except OSError:
         os.close(handle)
-        raise SurroundingsError(_why_not(error.errno or 0, path, offset, pid)) from error
+        raise
     return handle
 
 
@@ -152,16 +189,17 @@ def attach_raw_tracepoint(program_fd: int, name: str) -> int:
 
 
 @cache
-def _uprobe_pmu() -> tuple[int, int]:
-    """Return the perf event type of uprobes and the config bit that makes one a return probe."""
+def _pmu(kind: str) -> tuple[int, int]:
+    """Return the perf event type of kprobes or uprobes and the config bit that makes one a return probe."""
+    folder = _PMUS / kind
     try:
-        kind = int((_UPROBE_PMU / "type").read_text(encoding="ascii"))
-        return_bit = int((_UPROBE_PMU / "format/retprobe").read_text(encoding="ascii").strip().partition(":")[2])
+        number = int((folder / "type").read_text(encoding="ascii"))
+        return_bit = int((folder / "format/retprobe").read_text(encoding="ascii").strip().partition(":")[2])
     except (OSError, ValueError) as error:
         raise SurroundingsError(
-            f"this kernel offers no uprobes: {_UPROBE_PMU} is not readable; it needs CONFIG_UPROBE_EVENTS (Linux 4.17)"
+            f"this kernel offers no {kind}s: {folder} is not readable; it needs CONFIG_{kind.upper()}_EVENTS"
         ) from error
-    return kind, return_bit
+    return number, return_bit
 
 
 def _why_not(number: int, path: str, offset: int, pid: int) -> str:

@@ -25,8 +25,9 @@ _LENGTH_BYTES = 8
 
 KPROBE = "kprobe"
 RAW_TRACEPOINT = "raw_tracepoint"
-_BCC_TYPES = {KPROBE: "KPROBE", RAW_TRACEPOINT: "RAW_TRACEPOINT"}
-"""Our program kinds and bcc's constants; uprobes run kprobe programs."""
+TRACING = "tracing"
+_BCC_TYPES = {KPROBE: "KPROBE", RAW_TRACEPOINT: "RAW_TRACEPOINT", TRACING: "TRACING"}
+"""Our program kinds and bcc's constants; uprobes run kprobe programs, fentry and fexit tracing programs."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from stallscope.probes.catalogue import default_functions
 from stallscope.tracer.capture.backlog import SockDiag, socket_inodes
-from stallscope.tracer.capture.bcc_library import bcc_version
+from stallscope.tracer.capture.bcc_library import bcc_version, load_bcc
 from stallscope.tracer.capture.bpf import load_trial
-from stallscope.tracer.capture.btf import KERNEL_BTF, kernel_functions
+from stallscope.tracer.capture.btf import KERNEL_BTF, kernel_types
+from stallscope.tracer.capture.listener import KPROBES, fentry_refusal
 from stallscope.tracer.capture.namespace import read_sysctls
 from stallscope.tracer.capture.redis_target import Target, open_target
 from stallscope.tracer.capture.symbols import Resolution, resolve
@@ -34,8 +35,7 @@ _CAPABILITIES = {
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """Linux include/linux/proc_ns.h, PROC_PID_INIT_INO."""
 
-_PROG_KPROBE, _PROG_RAW_TRACEPOINT, _PROG_TRACING = 2, 17, 26
-_ATTACH_FENTRY = 24
+_PROG_RAW_TRACEPOINT = 17
 _OLDEST_KERNEL = (5, 8)
 """BPF ring buffers: Linux commit 457f44363a88, v5.8."""
 
@@ -212,6 +212,7 @@ def _lockdown() -> Check:
 
 def _bcc() -> Check:
     try:
+        load_bcc()
         return Check("bcc", OK, bcc_version(), needed=True)
     except SurroundingsError as error:
         detail, _, remedy = str(error).partition("; ")
@@ -238,14 +239,14 @@ def _raw_tracepoints() -> Check:
 
 def _btf() -> Check:
     try:
-        return Check("BTF", OK, f"{len(kernel_functions()):,} kernel functions in {KERNEL_BTF}")
+        return Check("BTF", OK, f"{kernel_types().count:,} kernel types in {KERNEL_BTF}")
     except SurroundingsError as error:
         detail, _, remedy = str(error).partition("; ")
         return Check("BTF", LIMITED, detail, remedy)
 
 
 def _kprobes() -> Check:
-    if Path("/sys/bus/event_source/devices/kprobe/type").exists():
+    if KPROBES.is_dir():
         return Check("kprobes", OK, "available")
     return Check(
         "kprobes", LIMITED, "this kernel has none (CONFIG_KPROBES is off): overflows are sampled, not seen one by one",
@@ -255,12 +256,12 @@ def _kprobes() -> Check:
 
 def _fentry() -> Check:
     try:
-        function = kernel_functions().get("tcp_conn_request")
+        function = kernel_types().functions(["tcp_conn_request"]).get("tcp_conn_request")
     except SurroundingsError:
         function = None
     if function is None:
         return Check("fentry", LIMITED, "not possible without BTF", "use a kernel with CONFIG_DEBUG_INFO_BTF")
-    reason = load_trial(_PROG_TRACING, _ATTACH_FENTRY, function.type_id)
+    reason = fentry_refusal(function.type_id)
     if not reason:
         return Check("fentry", OK, "available")
     return Check(

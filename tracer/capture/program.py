@@ -27,9 +27,10 @@ ITERATION_PROBE = 0
 ACCEPT_PROBE = 1
 QUEUE_PROBE = 2
 COUNTER_PROBE = 3
-FIRST_CALL_PROBE = 4
+FIRST_LISTENER_PROBE = 4
+FIRST_CALL_PROBE = 16
 MAX_PROBES = 256
-"""Probe ids 0 to 3 are fixed; functions follow in the order in which they were added."""
+"""Probe ids below ``FIRST_CALL_PROBE`` are fixed; functions follow in the order in which they were added."""
 
 _SYSTEM_CALLS = {
     # Linux arch/x86/entry/syscalls/syscall_64.tbl
@@ -37,7 +38,7 @@ _SYSTEM_CALLS = {
 }
 _ENTER, _RETURN = "call_enter_{}", "call_return_{}"
 _LOOP_TRACEPOINTS = ("sys_enter", "sys_exit")
-_U32 = np.dtype("<u4")
+U32 = np.dtype("<u4")
 _C_BYTES = {"unsigned long long": 8, "unsigned int": 4, "int": 4, "unsigned short": 2}
 _MAX_LOOPS = 256
 _MAX_CALLS_IN_PROGRESS = 8192
@@ -51,12 +52,87 @@ class CallProbe:
     decoder: Decoder
 
 
-class Program:
-    """Compiled and loaded BPF programs with their maps.
+class LoadedPrograms:
+    """Loaded BPF programs with their maps, ring buffer and counters.
 
     ``close`` detaches everything; so does the end of the process, however it ends, because every
     attachment is a file descriptor of ours.
     """
+
+    def __init__(
+        self,
+        text: str,
+        flags: Sequence[str],
+        programs: dict[str, str],
+        maps: Sequence[str],
+        *,
+        ring_bytes: int,
+        loader: Loader | None = None,
+    ) -> None:
+        """Compile and load; nothing is attached yet.
+
+        Args:
+            text: BPF C that begins with emit.bpf.c. flags: its compiler flags.
+            programs: kind by function name; maps: names, besides those of emit.bpf.c.
+            ring_bytes: size of the ring buffer, a power of two and a multiple of the page size.
+            loader: one that was started earlier, to save its start.
+
+        Raises:
+            SurroundingsError: bcc is missing or cannot compile here.
+        """
+        flags = [f"-DRING_PAGES={ring_bytes // 4096}", f"-DMAX_PROBES={MAX_PROBES}", *flags]
+        self._loaded = (loader or Loader()).load(text, flags, programs, ["events", "counters", *maps])
+        self._attached: list[int] = []
+        _check_layout(self._loaded.leaf_types)
+        fds = self._loaded.maps
+        self.ring = RingReader(fds["events"], ring_bytes)
+        self._counters = BpfMap(fds["counters"], U32, struct_dtype("probe_counters"), _possible_cpus())
+
+    def detach(self, handle: int) -> None:
+        """Let go of one attachment."""
+        self._attached.remove(handle)
+        os.close(handle)
+
+    def detach_all(self) -> None:
+        """Let go of every attachment; the maps stay readable.
+
+        The kernel waits tens of milliseconds for running probes at each one; side by side it waits once.
+        """
+        handles, self._attached = self._attached, []
+        if handles:
+            with ThreadPoolExecutor(max_workers=len(handles)) as pool:
+                list(pool.map(os.close, handles))
+
+    def counters(self, probes: Iterable[int]) -> dict[int, ProbeCounters]:
+        """Return the in-kernel counters of these probes, summed over CPUs."""
+        totals: dict[int, ProbeCounters] = {}
+        for probe in probes:
+            values = self._counters.lookup(probe)
+            if values is not None and values.dtype.names:
+                totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names})
+        return totals
+
+    def close(self) -> None:
+        """Detach everything and free the programs and maps."""
+        self.detach_all()
+        self.ring.close()
+        for fd in (*self._loaded.programs.values(), *self._loaded.maps.values()):
+            os.close(fd)
+        self._loaded.programs.clear()
+        self._loaded.maps.clear()
+
+    def _program(self, name: str) -> int:
+        if name in self._loaded.refused:
+            raise SurroundingsError(f"the kernel refuses the program {name}: {self._loaded.refused[name]}")
+        return self._loaded.programs[name]
+
+    def _keep(self, handle: int) -> int:
+        self._attached.append(handle)
+        return handle
+
+
+class Program(LoadedPrograms):
+    """The programs that time functions and event loops."""
 
     def __init__(
         self,
@@ -85,8 +161,6 @@ class Program:
         if numbers is None:
             raise SurroundingsError(f"stallscope traces x86-64 only; this machine is {platform.machine()}")
         flags = [
-            f"-DRING_PAGES={ring_bytes // 4096}",
-            f"-DMAX_PROBES={MAX_PROBES}",
             f"-DMAX_CALLS_IN_PROGRESS={_MAX_CALLS_IN_PROGRESS}",
             f"-DMIN_DURATION_NS={min_duration_ns}ULL",
             f"-DITERATION_MIN_NS={iteration_min_ns}ULL",
@@ -96,18 +170,16 @@ class Program:
             *(f"-DSYS_{name}={number}" for name, number in numbers.items()),
         ]
         programs = {name.format(call.probe): KPROBE for call in calls for name in (_ENTER, _RETURN)}
-        maps = ["events", "counters", "calls_in_progress"]
+        maps = ["calls_in_progress"]
         if loop:
             programs |= {f"loop_{tracepoint}": RAW_TRACEPOINT for tracepoint in _LOOP_TRACEPOINTS}
             maps.append("loops")
-        self._loaded = (loader or Loader()).load(_join_sources(calls, loop=loop), flags, programs, maps)
-        self._attached: list[int] = []
-        _check_layout(self._loaded.leaf_types)
+        sources = ["calls.bpf.c", *(["loop.bpf.c"] if loop else [])]
+        text = join_sources(sources, _instances(calls))
+        super().__init__(text, flags, programs, maps, ring_bytes=ring_bytes, loader=loader)
         fds = self._loaded.maps
-        self.ring = RingReader(fds["events"], ring_bytes)
-        self._counters = BpfMap(fds["counters"], _U32, struct_dtype("probe_counters"), _possible_cpus())
         self._calls = BpfMap(fds["calls_in_progress"], struct_dtype("frame"), EVENT)
-        self._loops = BpfMap(fds["loops"], _U32, struct_dtype("loop_state")) if loop else None
+        self._loops = BpfMap(fds["loops"], U32, struct_dtype("loop_state")) if loop else None
 
     def attach_call(self, probe: int, path: str, offset: int, pid: int) -> tuple[int, int]:
         """Attach entry and return of a function in one process; returns handles for ``detach``.
@@ -151,30 +223,6 @@ class Program:
         if self._loops is not None:
             self._loops.delete(tid)
 
-    def detach(self, handle: int) -> None:
-        """Let go of one attachment."""
-        self._attached.remove(handle)
-        os.close(handle)
-
-    def detach_all(self) -> None:
-        """Let go of every attachment; the maps stay readable.
-
-        The kernel waits tens of milliseconds for running probes at each one; side by side it waits once.
-        """
-        handles, self._attached = self._attached, []
-        if handles:
-            with ThreadPoolExecutor(max_workers=len(handles)) as pool:
-                list(pool.map(os.close, handles))
-
-    def counters(self, probes: Iterable[int]) -> dict[int, ProbeCounters]:
-        """Return the in-kernel counters of these probes, summed over CPUs."""
-        totals: dict[int, ProbeCounters] = {}
-        for probe in probes:
-            values = self._counters.lookup(probe)
-            if values is not None and values.dtype.names:
-                totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names})
-        return totals
-
     def unfinished(self) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
         """Return the calls and iterations that have begun and not ended, and the calls that never will.
 
@@ -209,24 +257,6 @@ class Program:
             events["stack"] = NO_STACK
         return unfinished, abandoned
 
-    def close(self) -> None:
-        """Detach everything and free the programs and maps."""
-        self.detach_all()
-        self.ring.close()
-        for fd in (*self._loaded.programs.values(), *self._loaded.maps.values()):
-            os.close(fd)
-        self._loaded.programs.clear()
-        self._loaded.maps.clear()
-
-    def _program(self, name: str) -> int:
-        if name in self._loaded.refused:
-            raise SurroundingsError(f"the kernel refuses the program {name}: {self._loaded.refused[name]}")
-        return self._loaded.programs[name]
-
-    def _keep(self, handle: int) -> int:
-        self._attached.append(handle)
-        return handle
-
 
 def _check_layout(leaf_types: Mapping[str, str]) -> None:
     """Compare the dtypes derived from event.h with what bcc's compiler made of the structs.
@@ -252,18 +282,25 @@ def _check_layout(leaf_types: Mapping[str, str]) -> None:
             raise SurroundingsError(f"struct {struct}: compiled {compiled}, declared {derived}; please report this")
 
 
-def _join_sources(calls: Sequence[CallProbe], *, loop: bool) -> str:
-    """Return one translation unit; bcc rewrites map accesses only in its main text, not in included files."""
-    names = ["emit.bpf.c", "calls.bpf.c", *(["loop.bpf.c"] if loop else [])]
+def join_sources(names: Sequence[str], last_lines: Sequence[str] = ()) -> str:
+    """Return one translation unit: emit.bpf.c, the named files, and the given lines.
+
+    bcc rewrites map accesses only in its main text, not in included files.
+    """
     parts = ["#include <uapi/linux/ptrace.h>", '#include "event.h"']
-    for name in names:
+    for name in ("emit.bpf.c", *names):
         parts += [f'#line 1 "{name}"', files("stallscope.probes").joinpath(name).read_text(encoding="utf-8")]
-    parts.append('#line 1 "calls"')
+    return "\n".join([*parts, *last_lines]) + "\n"
+
+
+def _instances(calls: Sequence[CallProbe]) -> list[str]:
+    """Return the lines that make an entry and a return program for each function (see calls.bpf.c)."""
+    lines = ['#line 1 "calls"']
     for call in calls:
         arguments = ", ".join(str(parameter) for parameter in call.decoder.params)
-        parts.append(f"CALL_ENTER({call.probe}, DECODE_{call.decoder.kind}({arguments}))")
-        parts.append(f"CALL_RETURN({call.probe})")
-    return "\n".join(parts) + "\n"
+        lines.append(f"CALL_ENTER({call.probe}, DECODE_{call.decoder.kind}({arguments}))")
+        lines.append(f"CALL_RETURN({call.probe})")
+    return lines
 
 
 def _possible_cpus() -> int:

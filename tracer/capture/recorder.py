@@ -109,6 +109,7 @@ class Recorder:
         self._targets: dict[int, TargetInfo] = {}
         self._port_of: dict[int, int] = {}
         self._call_cost_ns = self._system_call_cost_ns = 0.0
+        self._listeners_watched = 0
         self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
         self._sampler = BacklogSampler()
@@ -166,6 +167,7 @@ class Recorder:
             if now_ns >= next_sample:
                 next_sample = max(next_sample + sample_ns, now_ns)
                 pending.append(self._sampler.sample(now_ns))
+                self._watch_new_listeners()
             if now_ns >= next_read or self._traced.is_filling:
                 next_read = now_ns + READ_NS
                 pending.append(self._look_at(self._traced.read()))
@@ -201,8 +203,9 @@ class Recorder:
         counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
         pending += [counted, _without(unfinished, counted)]
         self._show(counters, ended_ns)
+        other_overflows = self._traced.other_overflows()
         namespaces = tuple(
-            replace(info, counters_end=end)
+            replace(info, counters_end=end, other_overflows=other_overflows.get(info.inode, 0))
             for info, end in zip(self._sampler.namespaces, self._sampler.counters_now(), strict=True)
         )
         manifest = replace(
@@ -289,7 +292,10 @@ class Recorder:
     def _add(self, targets: Sequence[Target]) -> int:
         """Watch the listeners of processes and attach to them; returns when attaching began, CLOCK_MONOTONIC ns."""
         self._traced.prepare(targets)
+        if not self._traced.targets:
+            self._traced.attach_listener()
         namespaces = [self._sampler.add_target(target.pid) for target in targets]
+        self._watch_new_listeners()
         began_ns = time.monotonic_ns()
         self._traced.attach(targets)
         for target, namespace in zip(targets, namespaces, strict=True):
@@ -299,6 +305,11 @@ class Recorder:
             )  # fmt: skip
         self._ask_servers("")
         return began_ns
+
+    def _watch_new_listeners(self) -> None:
+        for listener in self._sampler.listeners[self._listeners_watched :]:
+            self._traced.watch_listener(listener)
+        self._listeners_watched = len(self._sampler.listeners)
 
     def _follow_targets(self) -> None:
         """Let go of servers that ended, and take up those that came back on a wanted port."""
@@ -366,7 +377,7 @@ class Recorder:
                 "functions": "uprobe",
                 "event loop": "raw tracepoint" if self._traced.loop_attached else "not measured",
                 "accept queue": sampled,
-                "overflows": sampled.replace("sock_diag, ", "") + ", not per event",
+                "overflows": self._traced.listener_rung or sampled.replace("sock_diag, ", "") + ", not per event",
             },
             counter_names=COUNTER_NAMES,
             command=self.options.command,

@@ -15,20 +15,34 @@ from stallscope.probes.catalogue import Decoder, Field
 from stallscope.tracer.capture.backlog import COUNTER_FIELDS, QUEUE_FIELDS
 from stallscope.tracer.capture.binary import Attachment
 from stallscope.tracer.capture.cost import CALIBRATION_PROBE
+from stallscope.tracer.capture.listener import listener_probes, plan_listener
+from stallscope.tracer.capture.listener_program import LISTENER_PROBES, ListenerProgram
 from stallscope.tracer.capture.loader import Loader
 from stallscope.tracer.capture.program import (
     ACCEPT_PROBE,
     COUNTER_PROBE,
     FIRST_CALL_PROBE,
+    FIRST_LISTENER_PROBE,
     ITERATION_PROBE,
     QUEUE_PROBE,
     CallProbe,
+    LoadedPrograms,
     Program,
 )
 from stallscope.tracer.capture.redis_target import Target
 from stallscope.tracer.capture.symbols import Resolution, resolve
 from stallscope.tracer.errors import StallscopeError, SurroundingsError
-from stallscope.tracer.manifest import ACCEPT, CALL, COUNTER, ITERATION, QUEUE, Note, ProbeCounters, ProbeInfo
+from stallscope.tracer.manifest import (
+    ACCEPT,
+    CALL,
+    COUNTER,
+    ITERATION,
+    QUEUE,
+    ListenerInfo,
+    Note,
+    ProbeCounters,
+    ProbeInfo,
+)
 from stallscope.tracer.units import format_duration_ns
 
 ITERATION_FIELDS = (Field("ready", "file descriptors", 0), Field("accepted", "connections", 1))
@@ -73,7 +87,8 @@ class TracedSet:
         self.probes: list[ProbeInfo] = _fixed_probes(options)
         self.loop_attached = False
         self._loader: Loader | None = Loader()
-        self._programs: list[Program] = []
+        self._listener: ListenerProgram | None = None
+        self._programs: list[LoadedPrograms] = []
         self._owner: dict[int, Program] = {}
         self._ids: dict[tuple[int, int, int, Decoder], int] = {}
         self._handles: dict[int, list[tuple[Program, int]]] = {}
@@ -82,7 +97,9 @@ class TracedSet:
     @property
     def base(self) -> Program:
         """The first program: it follows the event loops and holds the calibration probe."""
-        return self._programs[0]
+        base = self._programs[0]
+        assert isinstance(base, Program)
+        return base
 
     def prepare(self, targets: Sequence[Target]) -> None:
         """Find the functions in these processes and compile and load what they need; nothing is attached.
@@ -94,9 +111,35 @@ class TracedSet:
         for target in targets:
             self._plans[target.pid] = self._plan(target)
         places = [place for target in targets for place in self._plans[target.pid]]
-        self._compile(
-            list(dict.fromkeys(CallProbe(probe, decoder) for probe, decoder, _ in places if probe not in self._owner))
-        )
+        calls = [CallProbe(probe, decoder) for probe, decoder, _ in places if probe not in self._owner]
+        self._compile(list(dict.fromkeys(calls)))
+
+    def attach_listener(self) -> None:
+        """Hook the kernel's side of the listeners, as far as this kernel allows; a note says what it does not."""
+        try:
+            self._listener = ListenerProgram(plan_listener(), ring_bytes=self.options.ring_bytes)
+        except SurroundingsError as error:
+            self.note(f"refused connections are sampled, not seen one by one: {error}")
+            return
+        plan = self._listener.plan
+        self._programs.append(self._listener)
+        self.probes += listener_probes(FIRST_LISTENER_PROBE, plan)
+        for text in (*self._listener.failures, *(f"this kernel has no {name}" for name in plan.missing)):
+            self.note(text)
+
+    def watch_listener(self, listener: ListenerInfo) -> None:
+        """Report what happens to this listener's connection requests, where the kernel's side is hooked."""
+        if self._listener is not None:
+            self._listener.watch(listener)
+
+    @property
+    def listener_rung(self) -> str:
+        """Return how the listener is hooked: ``fentry``, ``kprobe``, both, or "" for not at all."""
+        return " and ".join(sorted(set(self._listener.plan.rungs.values()))) if self._listener is not None else ""
+
+    def other_overflows(self) -> dict[int, int]:
+        """Return the overflows of listeners that are not watched, by inode of their network namespace."""
+        return self._listener.other_overflows() if self._listener is not None else {}
 
     def attach(self, targets: Sequence[Target]) -> None:
         """Attach to processes that were prepared.
@@ -136,6 +179,8 @@ class TracedSet:
         totals = self.base.counters(loop)
         for program in self._programs:
             totals |= program.counters(probe for probe, owner in self._owner.items() if owner is program)
+        if self._listener is not None:
+            totals |= self._listener.counters(LISTENER_PROBES)
         return totals
 
     def stop(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
@@ -146,7 +191,7 @@ class TracedSet:
             unfinished), and the in-kernel counters at that moment. Records up to it, and some later ones,
             are still to be read.
         """
-        spans = [program.unfinished() for program in self._programs]
+        spans = [program.unfinished() for program in self._programs if isinstance(program, Program)]
         counters = self.counters()
         ended_ns = time.monotonic_ns()
         unfinished, left = _under_way(

@@ -1,0 +1,344 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Every connection request that reaches a watched listener, and what became of it.
+ *
+ * A connection is refused in two places (Linux net/ipv4/tcp_input.c, tcp_ipv4.c, tcp_ipv6.c):
+ * at the SYN in tcp_conn_request, and at the third ACK in tcp_v4/v6_syn_recv_sock, which is reached from
+ * tcp_check_req or, for a SYN cookie, from cookie_v4/v6_check. Neither tells its caller why; the functions'
+ * own tests are repeated here on entry, and the socket's drop counter is compared on return.
+ *
+ * The build passes the offsets of all members as SOCK_... etc. (from BTF), PROBE_LISTENER, and
+ * LISTENER_EVENTS_PER_WINDOW. One body serves kprobe and fentry: see the list at the end.
+ */
+
+#define WINDOW_NS   100000000ULL
+#define ETH_P_IP    0x0800
+#define AF_INET	    2
+#define IPV4_MAPPED 0x0000ffff00000000ULL
+
+/* tcp_check_req answers a refusal with RST or not at all, by sysctl; cookie_v4/v6_check never answers */
+#define FROM_CHECK_REQ	  1
+#define FROM_COOKIE_CHECK 2
+
+struct bucket {
+	u64 window_start_ns;
+	u64 sent;
+};
+
+/* The function that is running on this CPU: these run in softirq or with softirqs off, one at a time. */
+struct decision {
+	u64 listener;
+	struct event event;
+	u32 drops;
+	bool accept_queue_full;
+	bool syn_queue_full;
+	bool wants_cookie;
+	bool active;
+};
+
+BPF_HASH(listeners, u64, struct watched_listener, MAX_LISTENERS);
+BPF_TABLE("lru_hash", u64, struct waiting_connection, waiting_connections, MAX_WAITING);
+BPF_PERCPU_ARRAY(buckets, struct bucket, LISTENER_EVENTS);
+BPF_PERCPU_ARRAY(decisions, struct decision, 2);     /* 0 at the SYN, 1 at the third ACK */
+BPF_PERCPU_ARRAY(ack_paths, u32, 1);		     /* which function this CPU is in: FROM_..., or 0 */
+BPF_HASH(other_overflows, u32, u64, MAX_NAMESPACES); /* of listeners not watched, by network namespace */
+
+#define READ(type, address)                                            \
+	({                                                             \
+		type read_ = 0;                                        \
+		read_kernel(&read_, sizeof(read_), (void *)(address)); \
+		read_;                                                 \
+	})
+
+static __always_inline bool accept_queue_is_full(u64 sk)
+{
+	/* sk_acceptq_is_full(): a strict comparison, so the queue holds one more than its limit */
+	return READ(u32, sk + SOCK_SK_ACK_BACKLOG) > READ(u32, sk + SOCK_SK_MAX_ACK_BACKLOG);
+}
+
+static __always_inline struct watched_listener *watched(u64 sk)
+{
+	u64 cookie = READ(u64, sk + SOCK_COMMON_SKC_COOKIE);
+
+	return listeners.lookup(&cookie);
+}
+
+static __always_inline void describe_queue(struct event *event, u64 sk, u16 peer_port)
+{
+	u64 length = READ(u32, sk + SOCK_SK_ACK_BACKLOG);
+	u64 limit = READ(u32, sk + SOCK_SK_MAX_ACK_BACKLOG);
+
+	event->value[0] = (length & 0xffffff) | (limit & 0xffffff) << 24 | (u64)peer_port << 48;
+	event->stack = READ(s32, sk + INET_CONNECTION_SOCK_ICSK_ACCEPT_QUEUE_QLEN);
+}
+
+/* An IPv6 address as two numbers, so that the first eight bytes are the high one. */
+static __always_inline void describe_ipv6(struct event *event, u64 address)
+{
+	event->value[1] = __builtin_bswap64(READ(u64, address));
+	event->value[2] = __builtin_bswap64(READ(u64, address + 8));
+}
+
+static __always_inline bool is_ipv4(u64 skb)
+{
+	return READ(u16, skb + SK_BUFF_PROTOCOL) == __builtin_bswap16(ETH_P_IP);
+}
+
+/* The listener's side of a packet: its queue, and who sent it. */
+static __always_inline void describe_packet(struct event *event, u64 sk, u64 skb)
+{
+	u64 head = READ(u64, skb + SK_BUFF_HEAD);
+	u64 network = head + READ(u16, skb + SK_BUFF_NETWORK_HEADER);
+	u64 transport = head + READ(u16, skb + SK_BUFF_TRANSPORT_HEADER);
+
+	describe_queue(event, sk, __builtin_bswap16(READ(u16, transport + TCPHDR_SOURCE)));
+	if (is_ipv4(skb))
+		event->value[2] = IPV4_MAPPED | __builtin_bswap32(READ(u32, network + IPHDR_SADDR));
+	else
+		describe_ipv6(event, network + IPV6HDR_SADDR);
+}
+
+/* The listener's side of a finished connection. */
+static __always_inline void describe_connection(struct event *event, u64 listener, u64 child)
+{
+	describe_queue(event, listener, __builtin_bswap16(READ(u16, child + SOCK_COMMON_SKC_DPORT)));
+	if (READ(u16, child + SOCK_COMMON_SKC_FAMILY) == AF_INET)
+		event->value[2] = IPV4_MAPPED | __builtin_bswap32(READ(u32, child + SOCK_COMMON_SKC_DADDR));
+	else
+		describe_ipv6(event, child + SOCK_COMMON_SKC_V6_DADDR);
+}
+
+/* A token bucket for each kind of event: a flood is counted to the last packet, and sent in part. */
+static __always_inline void send_bounded(struct event *event, u32 kind)
+{
+	struct probe_counters *counter = counters_of(PROBE_LISTENER + kind);
+	struct bucket *bucket = buckets.lookup(&kind);
+	u64 now_ns = bpf_ktime_get_ns();
+
+	event->probe = PROBE_LISTENER + kind;
+	COUNT(hits, 1);
+	if (!bucket)
+		return;
+	if (now_ns - bucket->window_start_ns >= WINDOW_NS) {
+		bucket->window_start_ns = now_ns;
+		bucket->sent = 0;
+	}
+	if (bucket->sent >= LISTENER_EVENTS_PER_WINDOW) {
+		COUNT(thinned, 1);
+		return;
+	}
+	bucket->sent++;
+	send(event, counter);
+}
+
+static __always_inline void begin(struct decision *decision, u64 sk, u64 skb,
+				  struct watched_listener *listener)
+{
+	__builtin_memset(decision, 0, sizeof(*decision));
+	decision->active = true;
+	decision->listener = sk;
+	decision->drops = READ(u32, sk + SOCK_SK_DROPS);
+	decision->accept_queue_full = accept_queue_is_full(sk);
+	decision->event.start_ns = bpf_ktime_get_ns();
+	decision->event.pid = listener->pid;
+	decision->event.tid = listener->index;
+	describe_packet(&decision->event, sk, skb);
+}
+
+static __always_inline void count_other_overflow(u64 sk)
+{
+	u32 namespace = READ(u32, READ(u64, sk + SOCK_COMMON_SKC_NET) + NET_NS_INUM);
+	u64 one = 1;
+	u64 *count = other_overflows.lookup(&namespace);
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	else
+		other_overflows.insert(&namespace, &one);
+}
+
+static __always_inline int syn_arrives(u64 sk, u64 skb)
+{
+	u32 slot = 0;
+	struct decision *decision = decisions.lookup(&slot);
+	struct watched_listener *listener = watched(sk);
+
+	if (!decision)
+		return 0;
+	decision->active = false;
+	if (!listener) {
+		if (accept_queue_is_full(sk))
+			count_other_overflow(sk);
+		return 0;
+	}
+	begin(decision, sk, skb, listener);
+
+	u64 net = READ(u64, sk + SOCK_COMMON_SKC_NET);
+	u8 cookies = READ(u8, net + NET_IPV4_SYSCTL_TCP_SYNCOOKIES);
+	u32 limit = READ(u32, sk + SOCK_SK_MAX_ACK_BACKLOG);
+	/* inet_csk_reqsk_queue_is_full(); then tcp_syn_flood_action(): a cookie, or the end of it */
+	bool full = READ(u32, sk + INET_CONNECTION_SOCK_ICSK_ACCEPT_QUEUE_QLEN) >= limit;
+
+	decision->syn_queue_full = full && !cookies;
+	decision->wants_cookie = (full && cookies) || cookies == 2;
+	return 0;
+}
+
+static __always_inline int syn_is_decided(void)
+{
+	u32 slot = 0;
+	struct decision *decision = decisions.lookup(&slot);
+
+	if (!decision || !decision->active)
+		return 0;
+	decision->active = false;
+
+	u32 kind = SYN_TAKEN;
+
+	if (decision->syn_queue_full)
+		kind = SYN_REFUSED_SYN_QUEUE_FULL;
+	else if (decision->accept_queue_full)
+		kind = SYN_REFUSED_ACCEPT_QUEUE_FULL;
+	else if (READ(u32, decision->listener + SOCK_SK_DROPS) != decision->drops)
+		kind = SYN_REFUSED_OTHERWISE;
+	else if (decision->wants_cookie)
+		kind = SYN_COOKIE_SENT;
+	send_bounded(&decision->event, kind);
+	return 0;
+}
+
+static __always_inline int ack_arrives(u64 sk, u64 skb, bool ipv6)
+{
+	u32 slot = 1;
+	struct decision *decision = decisions.lookup(&slot);
+	struct watched_listener *listener = watched(sk);
+
+	/* tcp_v6_syn_recv_sock hands an IPv4 packet on to tcp_v4_syn_recv_sock, which is seen there */
+	if (!decision || (ipv6 && is_ipv4(skb)))
+		return 0;
+	decision->active = false;
+	if (listener)
+		begin(decision, sk, skb, listener);
+	else if (accept_queue_is_full(sk))
+		count_other_overflow(sk);
+	return 0;
+}
+
+static __always_inline int ack_is_decided(u64 child)
+{
+	u32 slot = 1;
+	u32 zero = 0;
+	struct decision *decision = decisions.lookup(&slot);
+	u32 *path = ack_paths.lookup(&zero);
+
+	if (!decision || !decision->active)
+		return 0;
+	decision->active = false;
+	if (child)
+		return 0;
+
+	u64 net = READ(u64, decision->listener + SOCK_COMMON_SKC_NET);
+	u32 kind = ACK_REFUSED_OTHERWISE;
+
+	if (decision->accept_queue_full) {
+		if (path && *path == FROM_COOKIE_CHECK)
+			kind = COOKIE_ACK_REFUSED;
+		else if (READ(u8, net + NET_IPV4_SYSCTL_TCP_ABORT_ON_OVERFLOW))
+			kind = ACK_REFUSED_WITH_RST;
+		else
+			kind = ACK_REFUSED_SILENTLY;
+	}
+	send_bounded(&decision->event, kind);
+	return 0;
+}
+
+static __always_inline int ack_path(u32 from)
+{
+	u32 zero = 0;
+	u32 *path = ack_paths.lookup(&zero);
+
+	if (path)
+		*path = from;
+	return 0;
+}
+
+static __always_inline int connection_waits(u64 sk, u64 child)
+{
+	struct watched_listener *listener = watched(sk);
+
+	if (!listener)
+		return 0;
+	struct waiting_connection waiting = {
+		.enqueued_ns = bpf_ktime_get_ns(),
+		.listener = sk,
+		.index = listener->index,
+		.pid = listener->pid,
+	};
+	struct event event = {
+		.start_ns = waiting.enqueued_ns,
+		.pid = listener->pid,
+		.tid = listener->index,
+	};
+
+	describe_connection(&event, sk, child);
+	waiting_connections.update(&child, &waiting);
+	send_bounded(&event, CONNECTION_ENQUEUED);
+	return 0;
+}
+
+static __always_inline int connection_is_accepted(u64 child)
+{
+	struct waiting_connection *waiting = waiting_connections.lookup(&child);
+
+	if (!waiting)
+		return 0;
+	struct event event = {
+		.start_ns = waiting->enqueued_ns,
+		.duration_ns = bpf_ktime_get_ns() - waiting->enqueued_ns,
+		.pid = waiting->pid,
+		.tid = waiting->index,
+	};
+
+	describe_connection(&event, waiting->listener, child);
+	waiting_connections.delete(&child);
+	send_bounded(&event, CONNECTION_ACCEPTED);
+	return 0;
+}
+
+/*
+ * Where each function is hooked, one line a program. The build chooses for each function f whether it is
+ * kprobe and kretprobe (USES_FENTRY_f 0) or fentry and fexit (1), and passes the names ENTER_f and RETURN_f:
+ * by a tracing program's name bcc finds the function to attach to. Behind the arguments, ARGUMENTS_f of them
+ * by BTF, an fexit finds the result.
+ */
+#define ON_ENTRY(function, call)                            \
+	int ENTER_##function(void *ctx)                     \
+	{                                                   \
+		const bool fentry = USES_FENTRY_##function; \
+                                                            \
+		return call;                                \
+	}
+#define ON_RETURN(function, call)                           \
+	int RETURN_##function(void *ctx)                    \
+	{                                                   \
+		const bool fentry = USES_FENTRY_##function; \
+                                                            \
+		return call;                                \
+	}
+#define ARGUMENT(number) (fentry ? ((u64 *)ctx)[number - 1] : PT_REGS_PARM##number(((struct pt_regs *)ctx)))
+#define RESULT(function) (fentry ? ((u64 *)ctx)[ARGUMENTS_##function] : PT_REGS_RC(((struct pt_regs *)ctx)))
+
+ON_ENTRY(tcp_conn_request, syn_arrives(ARGUMENT(3), ARGUMENT(4)))
+ON_RETURN(tcp_conn_request, syn_is_decided())
+ON_ENTRY(tcp_v4_syn_recv_sock, ack_arrives(ARGUMENT(1), ARGUMENT(2), false))
+ON_RETURN(tcp_v4_syn_recv_sock, ack_is_decided(RESULT(tcp_v4_syn_recv_sock)))
+ON_ENTRY(tcp_v6_syn_recv_sock, ack_arrives(ARGUMENT(1), ARGUMENT(2), true))
+ON_RETURN(tcp_v6_syn_recv_sock, ack_is_decided(RESULT(tcp_v6_syn_recv_sock)))
+ON_ENTRY(tcp_check_req, ack_path(FROM_CHECK_REQ))
+ON_RETURN(tcp_check_req, ack_path(0))
+ON_ENTRY(cookie_v4_check, ack_path(FROM_COOKIE_CHECK))
+ON_RETURN(cookie_v4_check, ack_path(0))
+ON_ENTRY(cookie_v6_check, ack_path(FROM_COOKIE_CHECK))
+ON_RETURN(cookie_v6_check, ack_path(0))
+ON_ENTRY(inet_csk_reqsk_queue_add, connection_waits(ARGUMENT(1), ARGUMENT(3)))
+ON_RETURN(inet_csk_accept, connection_is_accepted(RESULT(inet_csk_accept)))
