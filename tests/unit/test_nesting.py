@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import CLIENTS, CRON, ITERATION_ID, PURGE, RESIZE, TRIM, Builder, add_storm
 
+from stallscope.tracer.analysis import nesting
 from stallscope.tracer.analysis.nesting import find_parents, nest, self_times
 from stallscope.tracer.analysis.tables import Tables, build_tables, span_order
 from stallscope.tracer.recording import read_recording
@@ -142,6 +143,18 @@ def test_a_recursion_ten_thousand_deep() -> None:
     assert parent.tolist() == list(range(-1, count - 1))
     assert depth.tolist() == list(range(count))
     assert not crossing
+
+
+@settings(deadline=None)
+@given(call_trees())
+def test_searching_and_passing_over_the_levels_agree(spans: list[Span]) -> None:
+    tid, start, duration = columns(spans)
+    order = np.lexsort((-duration, start, tid))
+    shallow, *_ = find_parents(tid[order], start[order], duration[order])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nesting, "_SHALLOW", -1)
+        deep, *_ = find_parents(tid[order], start[order], duration[order])
+    assert shallow.tolist() == deep.tolist()
 
 
 def test_of_equal_spans_the_one_recorded_later_is_the_caller() -> None:

@@ -196,7 +196,8 @@ def test_a_stall_of_which_most_was_not_traced_blames_nobody(tmp_path: Path) -> N
     summary = summary_of(builder, tmp_path)
     assert summary.stalls[0].blamed == ()
     assert summary.verdict == (
-        "Redis was blocked for 900 ms, 800 ms of it by something that was not traced; the accept queue was not observed."
+        "Redis was blocked for 900 ms, 800 ms of it by something that was not traced; "
+        "the accept queue was not observed."
     )
     (tmp_path / "b").mkdir()
     bare = summary_of(Builder().span(ITERATION_ID, 3000, 900), tmp_path / "b")

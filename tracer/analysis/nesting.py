@@ -16,6 +16,8 @@ import pandas as pd
 from stallscope.tracer.analysis.tables import Ints, thread_time_key
 
 NO_PARENT = -1
+_SHALLOW = 12
+"""Up to this depth a pass over all spans per level is quicker than searching."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,16 @@ def _parents_by_depth(depth: npt.NDArray[np.int32]) -> Ints | None:
     parent = np.full(len(depth), NO_PARENT, np.int64)
     if int(depth.min()) < 0:
         return None
-    order = np.argsort(depth.astype(np.uint16) if int(depth.max()) < 2**16 else depth, kind="stable")
-    borders = np.concatenate([[0], np.cumsum(np.bincount(depth))])
-    for level in range(1, len(borders) - 1):
+    deepest = int(depth.max())
+    if deepest <= _SHALLOW:
+        index = np.arange(len(depth))
+        for level in range(1, deepest + 1):
+            latest = np.maximum.accumulate(np.where(depth == level - 1, index, NO_PARENT))
+            inner = np.flatnonzero(depth == level)
+            parent[inner] = latest[inner]
+        return parent
+    order, borders = _by_level(depth)
+    for level in range(1, deepest + 1):
         outer = order[borders[level - 1] : borders[level]]
         inner = order[borders[level] : borders[level + 1]]
         place = np.searchsorted(outer, inner) - 1
@@ -142,6 +151,14 @@ def _parents_by_depth(depth: npt.NDArray[np.int32]) -> Ints | None:
             return None
         parent[inner] = outer[place]
     return parent
+
+
+def _by_level(depth: npt.NDArray[np.int32]) -> tuple[Ints, Ints]:
+    """Return the spans sorted by depth, else as they are, and where each depth begins in that order."""
+    # numpy sorts 16-bit numbers by radix, in linear time
+    key = depth.astype(np.uint16) if int(depth.max()) < 2**16 else depth
+    order = np.argsort(key, kind="stable")
+    return order, np.concatenate([[0], np.cumsum(np.bincount(depth))])
 
 
 def _parents_by_stack(tid: npt.NDArray[np.uint32], start: Ints, end: Ints) -> tuple[Ints, npt.NDArray[np.int32]]:
@@ -175,8 +192,7 @@ def _paths(
     paths: list[tuple[int, int]] = []
     if len(parent) == 0:
         return path, paths
-    order = np.argsort(depth, kind="stable")
-    borders = np.concatenate([[0], np.cumsum(np.bincount(depth))])
+    order, borders = _by_level(depth)
     for level in range(len(borders) - 1):
         rows = order[borders[level] : borders[level + 1]]
         above = path[parent[rows]].astype(np.int64) if level else np.full(len(rows), -1, np.int64)

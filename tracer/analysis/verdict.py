@@ -58,7 +58,8 @@ def _of_stalls(summary: Summary) -> str:
     refused = worst.overflows + worst.overflows_drain
     length = format_duration_ns(worst.duration_ns)
     at_least = "at least " if worst.unfinished else ""
-    text = f"Redis was blocked for {at_least}{length}{_by(worst)}"
+    which = f"Redis ({worst.listener or f'process {worst.pid}'})" if len(summary.targets) > 1 else "Redis"
+    text = f"{which} was blocked for {at_least}{length}{_by(worst)}"
     if refused:
         text += f"; meanwhile {_refused(refused)}"
     elif worst.queue_max is None:
