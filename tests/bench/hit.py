@@ -48,10 +48,11 @@ def bench(*, quick: bool) -> Findings:
                     theirs.append(_cost(bpftrace(program.pid, durations(functions)), program, functions))
                 except BenchError as error:
                     found.notes.append(str(error))
+    peer = "bpftrace, hist"
     found.figures = [
-        Figure("wall added per call, ns", [c.wall_ns for c in ours], "bpftrace, hist", [c.wall_ns for c in theirs]),
-        Figure("CPU added per call, ns", [c.cpu_ns for c in ours], "bpftrace, hist", [c.cpu_ns for c in theirs]),
-        Figure("  of it in the two BPF programs, ns", [c.bpf_ns for c in ours], "bpftrace, hist", [c.bpf_ns for c in theirs]),
+        Figure("wall added per call, ns", [c.wall_ns for c in ours], peer, [c.wall_ns for c in theirs]),
+        Figure("CPU added per call, ns", [c.cpu_ns for c in ours], peer, [c.cpu_ns for c in theirs]),
+        Figure("  of it in the two BPF programs, ns", [c.bpf_ns for c in ours], peer, [c.bpf_ns for c in theirs]),
         Figure("our calibration beside the C loop, ns", calibrated, "our own wall added", [c.wall_ns for c in ours]),
     ]  # fmt: skip
     found.notes.append("ours keeps every call with its arguments and times; bpftrace only counts it into a histogram")
