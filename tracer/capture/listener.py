@@ -154,8 +154,7 @@ def plan_listener() -> ListenerPlan:
     Raises:
         SurroundingsError: the kernel has no BTF, a member is missing from it, or it has neither fentry nor kprobes.
     """
-    has_kprobes = KPROBES.is_dir()
-    if fentry_refusal() and not has_kprobes:
+    if not may_be_hooked():
         raise SurroundingsError("this kernel has neither kprobes nor fentry")
     types = kernel_types()
     known = types.functions(hook.function for hook in HOOKS)
@@ -170,6 +169,11 @@ def plan_listener() -> ListenerPlan:
     }
     arguments = {name: function.arguments for name, function in known.items()}
     return ListenerPlan(rungs, arguments, types.offsets(_MEMBERS), missing)
+
+
+def may_be_hooked() -> bool:
+    """Return whether this kernel has kprobes or fentry at all; asked before anything is read or compiled."""
+    return KPROBES.is_dir() or not fentry_refusal()
 
 
 def fentry_refusal(function_id: int = 0) -> str:

@@ -15,7 +15,7 @@ from stallscope.probes.catalogue import Decoder, Field
 from stallscope.tracer.capture.backlog import COUNTER_FIELDS, QUEUE_FIELDS
 from stallscope.tracer.capture.binary import Attachment
 from stallscope.tracer.capture.cost import CALIBRATION_PROBE
-from stallscope.tracer.capture.listener import listener_probes, plan_listener
+from stallscope.tracer.capture.listener import listener_probes, may_be_hooked, plan_listener
 from stallscope.tracer.capture.listener_program import LISTENER_PROBES, ListenerProgram
 from stallscope.tracer.capture.loader import Loader
 from stallscope.tracer.capture.program import (
@@ -87,6 +87,7 @@ class TracedSet:
         self.probes: list[ProbeInfo] = _fixed_probes(options)
         self.loop_attached = False
         self._loader: Loader | None = Loader()
+        self._listener_loader: Loader | None = Loader() if may_be_hooked() else None
         self._listener: ListenerProgram | None = None
         self._programs: list[LoadedPrograms] = []
         self._owner: dict[int, Program] = {}
@@ -116,9 +117,12 @@ class TracedSet:
 
     def attach_listener(self) -> None:
         """Hook the kernel's side of the listeners, as far as this kernel allows; a note says what it does not."""
+        loader, self._listener_loader = self._listener_loader, None
         try:
-            self._listener = ListenerProgram(plan_listener(), ring_bytes=self.options.ring_bytes)
+            self._listener = ListenerProgram(plan_listener(), ring_bytes=self.options.ring_bytes, loader=loader)
         except SurroundingsError as error:
+            if loader is not None:
+                loader.close()
             self.note(f"refused connections are sampled, not seen one by one: {error}")
             return
         plan = self._listener.plan
@@ -207,9 +211,10 @@ class TracedSet:
 
     def close(self) -> None:
         """Detach and free everything; may be called at any time, more than once."""
-        if self._loader is not None:
-            self._loader.close()
-            self._loader = None
+        for loader in (self._loader, self._listener_loader):
+            if loader is not None:
+                loader.close()
+        self._loader = self._listener_loader = None
         for program in self._programs:
             program.close()
         self._programs.clear()
