@@ -437,7 +437,7 @@ class TestEnd:
         words = ("-p", str(program.pid), "--no-default-probes", "--probe", "leaf")
         with recording(tmp_path / "cut.stall", *words) as recorder:
             program.run("leaf 47")
-            until(lambda: len(Rows(recorder.recording()).of("leaf")) == 47, "the calls are in the file")
+            recorder.wait_until_it_has(47, "leaf")
             assert recorder.stop(signal.SIGKILL) == -signal.SIGKILL
             rows = Rows(recorder.recording())
         until(lambda: program.byte_at(*place) == original, "the probe is gone")

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 
 from stallscope.tracer.capture.preflight import FAILED, check_machine
+from stallscope.tracer.errors import RecordingError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import ProbeCounters, ProbeInfo
 from stallscope.tracer.recording import Recording, read_recording
@@ -139,6 +140,7 @@ class Recorder:
         self.process = process
         self.path = path
         self._said = b""
+        self.attached_ns = 0
 
     @property
     def pid(self) -> int:
@@ -168,10 +170,22 @@ class Recorder:
     def recording(self) -> Recording:
         return read_recording(self.path)
 
+    def wait_until_it_has(self, count: int, name: str, *, pid: int | None = None) -> None:
+        """Wait until the file, which is still being written, holds that many rows of a probe."""
+
+        def has_them() -> bool:
+            assert self.process.poll() is None, self.said
+            try:
+                return len(Rows(self.recording()).of(name, pid=pid)) >= count
+            except RecordingError:
+                return False  # not a byte is written yet
+
+        until(has_them, f"{count} rows of {name} are in the file")
+
     def close(self) -> None:
         """Keep what it said and let go of its stderr."""
         assert self.process.stderr is not None
-        assert self.said is not None
+        self._said = self.said.encode()
         self.process.stderr.close()
 
 
@@ -188,6 +202,7 @@ def recording(path: Path, *words: str, prefix: Sequence[str] = ()) -> Iterator[R
     recorder = Recorder(process, path)
     try:
         recorder.wait_until_it_says("all probes attached")
+        recorder.attached_ns = time.monotonic_ns()
         yield recorder
     finally:
         if process.poll() is None:
@@ -236,12 +251,10 @@ class Rows:
 def inside(inner: pd.DataFrame, outer: pd.DataFrame) -> pd.Series:
     """Return for each inner span the index of the outer span of its thread that contains it, -1 for none."""
 
-    def holder(span: pd.Series) -> int:
-        found = outer[
-            (outer["tid"] == span["tid"])
-            & (outer["start_ns"] <= span["start_ns"])
-            & (outer["end_ns"] >= span["end_ns"])
-        ]
-        return int(found.index[-1]) if len(found) else -1
-
-    return inner.apply(holder, axis=1) if len(inner) else pd.Series(dtype=int)
+    holds = (
+        (outer["tid"].to_numpy() == inner["tid"].to_numpy()[:, None])
+        & (outer["start_ns"].to_numpy() <= inner["start_ns"].to_numpy()[:, None])
+        & (outer["end_ns"].to_numpy() >= inner["end_ns"].to_numpy()[:, None])
+    )
+    holders = [int(outer.index[np.flatnonzero(row)[-1]]) if row.any() else -1 for row in holds]
+    return pd.Series(holders, index=inner.index, dtype="int64")
