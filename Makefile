@@ -12,6 +12,7 @@ DEMO ?= demo.stall
 BUILDS := 2.8.17 2.8.17-patched 2.8.17-lto 3.2.6 5.0.6
 
 DEMO_PACKAGES := python3-bpfcc python3-venv gcc make autoconf libc6-dev
+VM_PACKAGES := mmdebstrap qemu-system-x86 e2fsprogs
 TEST_PACKAGES := $(DEMO_PACKAGES) binutils xz-utils iproute2 redis-server util-linux
 
 .PHONY: demo test lint bench setup format clean
@@ -45,10 +46,11 @@ setup: demo-packages .venv/ready
 
 # Install the missing ones of a list of packages; without root, say which.
 # RUNLEVEL=1: a package's server (redis-server) is installed, not started.
-.PHONY: demo-packages test-packages
+.PHONY: demo-packages test-packages vm-packages
 demo-packages: PACKAGES = $(DEMO_PACKAGES)
 test-packages: PACKAGES = $(TEST_PACKAGES)
-demo-packages test-packages:
+vm-packages: PACKAGES = $(VM_PACKAGES)
+demo-packages test-packages vm-packages:
 	@missing=$$(for name in $(PACKAGES); do \
 		dpkg-query -W -f='$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; done); \
 	[ -z "$$missing" ] && exit 0; \
@@ -61,3 +63,4 @@ clean:
 
 -include tests/bench/bench.mk
 include vagrant/vm.mk
+vm: setup vm-packages
