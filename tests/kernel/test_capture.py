@@ -210,6 +210,11 @@ class TestCounters:
             assert counters.hits == counters.sent + counters.abandoned + under_way
             assert counters.lost == counters.lost_starts == counters.short_calls == 0
 
+    def test_nothing_is_recorded_from_outside_the_recording(self, recorded: Recorded) -> None:
+        manifest, rows = recorded.rows.manifest, recorded.rows.all
+        assert (rows["start_ns"] >= manifest.started_ns).all()
+        assert (rows["end_ns"] <= manifest.ended_ns).all()
+
     def test_are_in_what_the_recorder_says(self, recorded: Recorded) -> None:
         hits = sum(recorded.rows.counters(function).hits for function in FUNCTIONS)
         assert f", {hits:,} calls; see: stallscope summary " in recorded.said
@@ -430,6 +435,15 @@ class TestEnd:
         assert program.byte_at(*place) == original
         assert len(program.run("leaf 3")) == 3
 
+    def test_does_not_wait_for_the_next_sample_of_the_accept_queue(self, program: Nesting, tmp_path: Path) -> None:
+        words = ("-p", str(program.pid), "--no-default-probes", "--probe", "leaf", "--sample", "1h")
+        with recording(tmp_path / "rare.stall", *words) as recorder:
+            program.run("leaf 67")
+            recorder.wait_until_it_has(67, "leaf")
+            assert recorder.stop(signal.SIGTERM) == 0
+        with recording(tmp_path / "brief.stall", *words, "-d", "100ms") as recorder:
+            assert recorder.process.wait(60) == 0
+
     def test_by_kill_9_leaves_a_readable_file_and_no_probe(
         self, program: Nesting, tmp_path: Path, place: tuple[str, int]
     ) -> None:
@@ -450,11 +464,14 @@ class TestEnd:
         words = ("-p", str(program.pid), "--no-default-probes", "--probe", "leaf", "--probe", "hold")
         with recording(tmp_path / "died.stall", *words) as recorder:
             program.run("leaf 59")
+            program.send("hold")
+            program.told("held")
             os.kill(program.pid, signal.SIGKILL)
             assert recorder.process.wait(60) == 0
             assert f"process {program.pid} ({program.binary}) ended or was replaced" in recorder.said
             rows = Rows(recorder.recording())
         assert rows.manifest.ended_by == "the traced process ended"
         assert len(rows.of("leaf")) == 59
+        assert rows.of("hold")["is_finished"].tolist() == [False], "it died in this call"
         (target,) = rows.manifest.targets
         assert target.end_ns > rows.of("leaf")["end_ns"].max()

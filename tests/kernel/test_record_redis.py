@@ -227,7 +227,6 @@ class TestServerThatEnds:
         assert (rows.recording.complete, rows.manifest.ended_by) == (True, "the traced process ended")
         assert f"process {server.pid} ({server.path.resolve()}) ended or was replaced" in recorder.said
         assert rows.manifest.targets[0].end_ns > rows.manifest.targets[0].start_ns
-        assert len(recorder.said.splitlines()) == 3
 
     @pytest.mark.parametrize("successor", ["2.8.17", "5.0.6"])
     def test_by_port_goes_on_with_its_successor(self, tmp_path: Path, successor: str) -> None:

@@ -3,8 +3,8 @@
  * A program whose every call is known: it does what the lines on stdin say and then prints its own truth.
  *
  * A line is a command, a count and perhaps a second number. The answer is one line per call,
- * "call FUNCTION TID BEFORE BEGIN END AFTER", then "done". BEGIN and END were taken inside the call, BEFORE and
- * AFTER around it by its caller, all CLOCK_MONOTONIC in ns; an END or AFTER of 0 was never reached.
+ * "call FUNCTION TID BEFORE BEGIN END AFTER", then "done". BEGIN and END were taken inside the call, BEFORE
+ * and AFTER around it by its caller, all CLOCK_MONOTONIC in ns; an END or AFTER of 0 was never reached.
  */
 #define _GNU_SOURCE
 #include <poll.h>
@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PROBED __attribute__((noinline, noclone, used))
+#define PROBED	  __attribute__((noinline, noclone, used))
 #define MAX_CALLS 20000
 
 struct call {
@@ -53,14 +53,14 @@ static struct call *about_to_call(const char *function)
 }
 
 /* The caller's measure around a call, and the function's own at its two ends. */
-#define TIMED(function, ...)                                                           \
-	do {                                                                           \
-		struct call *call = about_to_call(#function);                          \
-		function(__VA_ARGS__);                                                 \
-		call->after = now();                                                   \
+#define TIMED(function, ...)                                  \
+	do {                                                  \
+		struct call *call = about_to_call(#function); \
+		function(__VA_ARGS__);                        \
+		call->after = now();                          \
 	} while (0)
-#define BEGIN                                                                          \
-	struct call *self = current;                                                   \
+#define BEGIN                        \
+	struct call *self = current; \
 	self->begin = now()
 #define END self->end = now()
 
@@ -257,8 +257,8 @@ static void obey(const char *command, long count, long number)
 static void tell(void)
 {
 	for (unsigned int index = 0; index < used; index++)
-		printf("call %s %d %lu %lu %lu %lu\n", calls[index].function, calls[index].tid, calls[index].before,
-		       calls[index].begin, calls[index].end, calls[index].after);
+		printf("call %s %d %lu %lu %lu %lu\n", calls[index].function, calls[index].tid,
+		       calls[index].before, calls[index].begin, calls[index].end, calls[index].after);
 	puts("done");
 	fflush(stdout);
 	used = 0;
