@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from stallscope.probes import catalogue
 from stallscope.tracer.capture.symbols import Resolution
@@ -27,25 +27,27 @@ def describe(resolutions: Sequence[Resolution]) -> list[dict[str, Any]]:
 
 
 def render(resolutions: Sequence[Resolution], console: Console) -> None:
-    """Print one table: function, status, what is probed and where it was found, arguments, and why."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("function", overflow="fold")
-    table.add_column("status", no_wrap=True)
-    table.add_column("probed", overflow="fold")
-    table.add_column("symbols from", overflow="fold")
-    table.add_column("arguments", overflow="fold")
-    table.add_column("why", overflow="fold", ratio=1)
-    for entry in describe(resolutions):
-        style = _STYLES.get(entry["status"], "")
-        table.add_row(
-            escape(entry["function"]),
-            f"[{style}]{entry['status']}[/]" if style else escape(entry["status"]),
-            escape("\n".join(_place(entry, place) for place in entry["attachments"]) or "-"),
-            escape(entry["found_in"] or "-"),
-            escape("\n".join(one["name"] for one in entry["arguments"]) or "-"),
-            escape(_why(entry)),
+    """Print a line for each function (name, status, what is probed where), and below it what there is to say.
+
+    Lines are as wide as the console; words are never broken, so names and paths can be copied.
+    """
+    entries = describe(resolutions)
+    name_width = max((len(entry["function"]) for entry in entries), default=0)
+    status_width = max((len(entry["status"]) for entry in entries), default=0)
+    column = name_width + status_width + 4
+    for entry in entries:
+        place, *rest = _wrapped(_place(entry), console.width, column, column)
+        line = Text.assemble(
+            (f"{entry['function']:<{name_width}}  ", "bold"),
+            (f"{entry['status']:<{status_width}}  ", _STYLES.get(entry["status"], "")),
+            place.lstrip(),
         )
-    console.print(table)
+        console.print(line, soft_wrap=True)
+        below = [(text, "") for text in rest]
+        for remark, style in _remarks(entry):
+            below += [(text, style) for text in _wrapped(remark, console.width, 4, 6)]
+        for text, style in below:
+            console.print(Text(text, style=style), soft_wrap=True)
 
 
 def _describe(resolution: Resolution) -> dict[str, Any]:
@@ -73,15 +75,52 @@ def _describe(resolution: Resolution) -> dict[str, Any]:
     }
 
 
-def _place(entry: dict[str, Any], place: dict[str, Any]) -> str:
-    library = f"{entry['library']}:" if entry["library"] else ""
-    return f"{library}{place['symbol']}+{place['offset']:#x}"
+def _place(entry: dict[str, Any]) -> str:
+    """Return what is probed: the symbol where it is another than the function, its address, its table."""
+    if not entry["attachments"]:
+        return "-"
+    symbol = entry["attachments"][0]["symbol"]
+    if entry["library"]:
+        symbol = f"{entry['library']}:{symbol}"
+    name = f"{symbol} " if symbol != entry["function"] else ""
+    table = "debug file" if _debug_file(entry) else entry["found_in"]
+    return f"{name}{entry['address']:#x} ({table})"
 
 
-def _why(entry: dict[str, Any]) -> str:
-    reason = str(entry["reason"])
-    copies = [name for name in entry["inlined_into"] if entry["status"] in ("found", "alias")]
+def _remarks(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the lines below a function, each with its style."""
+    symbols = [place["symbol"] for place in entry["attachments"]]
+    if len(symbols) > 1:
+        yield f"and: {', '.join(symbols[1:])}", ""
+    if entry["arguments"]:
+        yield f"arguments: {', '.join(field['name'] for field in entry['arguments'])}", ""
+    if entry["reason"]:
+        yield f"why: {entry['reason']}", ""
+    elif entry["summary"]:
+        yield entry["summary"], "dim"
+    others = [name for name in entry["instead"] if name not in symbols]
+    if others:
+        yield f"{'see also' if symbols else 'instead'}: {', '.join(others)}", ""
+    copies = entry["inlined_into"] if entry["status"] in ("found", "alias") else []
     if copies:
-        also = f"copies inlined into {', '.join(copies)} are not seen"
-        reason = f"{reason}; {also}" if reason else also
-    return reason or str(entry["summary"])
+        yield f"not seen: the copies inlined into {', '.join(copies)}", "yellow"
+    if _debug_file(entry):
+        yield f"debug file: {_debug_file(entry)}", "dim"
+
+
+def _debug_file(entry: dict[str, Any]) -> str:
+    """Return the path of the separate debug file a symbol is from, empty when it is from the file itself."""
+    kind, _, path = str(entry["found_in"]).partition("debug file ")
+    return "" if kind else path
+
+
+def _wrapped(text: str, width: int, indent: int, further: int) -> list[str]:
+    """Return a text in lines, the first and the further ones indented; a word that is too long stands out."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

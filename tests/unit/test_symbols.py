@@ -537,14 +537,69 @@ def test_crc_is_that_of_the_debug_link(tmp_path):
     assert ElfFile(str(binary)).debug_link == ("x.debug", zlib.crc32(b"anything"))
 
 
-def test_the_table_and_the_plain_data_of_probes(tmp_path):
+def test_a_stripped_binary_with_nothing_to_probe_says_so_in_one_line_with_the_remedy(tmp_path):
+    binary = server(tmp_path)
+    run("strip", binary)
+    for resolution in resolve(binary, ["serverCron", "no_such_function"]):
+        assert (resolution.status, resolution.attachments) == ("missing", ())
+        assert resolution.reason == (
+            f'no symbol "{resolution.function}" in {binary} (stripped); '
+            "install its debug symbols (redis-tools-dbgsym, debuginfo-install redis)"
+        )
+
+
+def test_a_binary_with_its_symbols_is_not_called_stripped(tmp_path):
+    binary = server(tmp_path)
+    (resolution,) = resolve(binary, ["no_such_function"])
+    assert resolution.reason == f'no symbol "no_such_function" in {binary}'
+
+
+def test_the_plain_data_of_probes(tmp_path):
     found = resolve(server(tmp_path), ["clientsCronResizeQueryBuffer", "no[thing]", "libfoo:bar"], full=True)
     entries = json.loads(json.dumps(describe(found)))
     assert [one["status"] for one in entries] == ["found", "missing", "missing"]
     assert entries[0]["callers"] == ["clientsCron"]
     assert entries[0]["arguments"][0] == {"name": "client_id", "unit": "low 32 bits of the client id"}
     assert entries[0]["attachments"][0]["offset"] == found[0].attachments[0].offset
+
+
+def printed(resolutions, width):
     output = io.StringIO()
-    render(found, Console(file=output, width=160))
-    assert "clientsCronResizeQueryBuffer+0x" in output.getvalue()
-    assert "no[thing]" in output.getvalue()
+    render(resolutions, Console(file=output, width=width))
+    return output.getvalue()
+
+
+def test_the_list_of_probes(tmp_path):
+    found = resolve(server(tmp_path), ["clientsCronResizeQueryBuffer", "no[thing]", "libfoo:bar"], full=True)
+    lines = printed(found, 80).splitlines()
+    assert lines[0] == f"clientsCronResizeQueryBuffer  found    {found[0].address:#x} (.symtab)"
+    assert lines[1] == "    arguments: client_id, last_interaction_s, allocated_bytes, free_bytes"
+    assert "no[thing]                     missing  -" in lines
+    assert [line for line in lines if line.startswith('    why: no symbol "no[thing]"')]
+
+
+def test_the_list_says_what_is_probed_instead(tmp_path):
+    binary = build(tmp_path, RESIZE, "-O2", f"-DCALLED={BOTH}", "-DWRAPPER=return sink -= 7")
+    (resolution,) = resolve(binary, ["sdsRemoveFreeSpace"], redis_version="7.0.15")
+    lines = printed([resolution], 80).splitlines()
+    assert lines[0] == f"sdsRemoveFreeSpace  alias  {resolution.address:#x} (.symtab)"
+    assert lines[1:3] == ["    and: sdsResize", "    arguments: length_bytes, free_bytes"]
+    inlined = resolve(server(tmp_path, "-O3", "-flto", "-g", qualifier="static", name="inlined"), CRON)
+    line = next(line for line in printed(inlined, 80).splitlines() if line.startswith("sdsRemoveFreeSpace "))
+    assert line.split()[1:3] == ["inlined", "clientsCron"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_the_list_keeps_to_the_width_and_breaks_no_word(tmp_path, width):
+    names = ["flushAppendOnlyFile", *CRON, "freeClient", "libfoo:bar", "je_pages_purge"]
+    found = resolve(build(tmp_path, CLONES, "-O1"), names, redis_version="7.0.15", full=True)
+    text = printed(found, width)
+    assert text.split() == printed(found, 10_000).split()
+    for line in text.splitlines():
+        assert len(line) <= width or len(line.split()) <= 3, line
+
+
+def test_the_list_uses_the_room_of_a_wide_terminal(tmp_path):
+    found = resolve(server(tmp_path), ["libfoo:bar", *CRON], full=True)
+    narrow, wide = (printed(found, width).splitlines() for width in (80, 160))
+    assert len(wide) < len(narrow)

@@ -115,7 +115,7 @@ def test_headers_with_extreme_numbers(image, data):
 def test_damaged_sections_of_debug_information_and_symbols(image, data):
     path, content = image
     path.write_bytes(content)
-    sections = [s for s in open_binary(path).elf.sections if s.size and s.type != 8 and s.offset]
+    sections = [s for s in open_binary(path).elf.sections if s.size and s.type != "SHT_NOBITS" and s.offset]
     section = data.draw(st.sampled_from(sections))
     damaged = bytearray(content)
     for _ in range(data.draw(st.integers(1, 8))):

@@ -12,7 +12,8 @@ from stallscope.probes.catalogue import parse_version
 from stallscope.tracer.capture.bypass import Callers, Site
 from stallscope.tracer.capture.debugfiles import mini_debug_info, separate_debug_file
 from stallscope.tracer.capture.dwarf import Dwarf
-from stallscope.tracer.capture.elf import SHT_DYNSYM, SHT_SYMTAB, ElfFile, Found, SymbolTable, reading
+from stallscope.tracer.capture.elf import ElfFile, reading
+from stallscope.tracer.capture.symbol_table import Found, SymbolTable
 from stallscope.tracer.errors import SymbolError, TargetError
 
 _LIBRARY_FOLDERS = (
@@ -78,7 +79,7 @@ class Binary:
     @property
     def is_stripped(self) -> bool:
         """Return whether the file itself has no .symtab."""
-        return not any(section.type == SHT_SYMTAB for section in self.elf.sections)
+        return not any(section.type == "SHT_SYMTAB" for section in self.elf.sections)
 
     @property
     def has_debug_info(self) -> bool:
@@ -94,16 +95,16 @@ class Binary:
     @cached_property
     def tables(self) -> list[SymbolTable]:
         """Every symbol table, the fullest first."""
-        own = self.elf.symbol_table(SHT_SYMTAB, ".symtab")
+        own = self.elf.symbol_table("SHT_SYMTAB", ".symtab")
         tables = [own]
         if own is None:
             if self.debug_file is not None:
                 place = self.debug_file.shown.removeprefix(self._root)
-                tables.append(self.debug_file.symbol_table(SHT_SYMTAB, f"debug file {place}"))
+                tables.append(self.debug_file.symbol_table("SHT_SYMTAB", f"debug file {place}"))
             packed = mini_debug_info(self.elf)
             if packed is not None:
-                tables.append(packed.symbol_table(SHT_SYMTAB, ".gnu_debugdata"))
-        tables.append(self.elf.symbol_table(SHT_DYNSYM, ".dynsym"))
+                tables.append(packed.symbol_table("SHT_SYMTAB", ".gnu_debugdata"))
+        tables.append(self.elf.symbol_table("SHT_DYNSYM", ".dynsym"))
         return [table for table in tables if table is not None]
 
     @cached_property
@@ -154,7 +155,7 @@ class Binary:
 
     def exports(self, name: str) -> bool:
         """Return whether other files can call a function by this name."""
-        dynamic = self.elf.symbol_table(SHT_DYNSYM, ".dynsym")
+        dynamic = self.elf.symbol_table("SHT_DYNSYM", ".dynsym")
         return self.is_library and dynamic is not None and bool(dynamic.find(name))
 
     def attachment(self, found: Found) -> Attachment:

@@ -19,20 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stallscope.tracer.capture.elf import (
-    RELA,
-    SHF_ALLOC,
-    SHF_EXECINSTR,
-    SHT_DYNSYM,
-    SHT_NOBITS,
-    SHT_RELA,
-    ElfFile,
-    Section,
-    SymbolTable,
-    reading,
-)
+from stallscope.tracer.capture.elf import ElfFile, Section, reading
+from stallscope.tracer.capture.symbol_table import SymbolTable
 
 MAX_CODE_BYTES = 1 << 28
+# Elf64_Rela and the relocation types of the x86-64 ABI.
+_RELA = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 _R_64, _R_GLOB_DAT, _R_JUMP_SLOT, _R_RELATIVE, _R_IRELATIVE = 1, 6, 7, 8, 37
 
 
@@ -203,14 +195,14 @@ class Callers:
     def _relocations(self) -> NDArray[Any]:
         tables = []
         for section in self._elf.sections:
-            if section.type == SHT_RELA and section.flags & SHF_ALLOC:
+            if section.type == "SHT_RELA" and section.is_loaded:
                 content = self._elf.data(section)
-                tables.append(np.frombuffer(content[: len(content) // 24 * 24], RELA))
-        return np.concatenate(tables) if tables else np.zeros(0, RELA)
+                tables.append(np.frombuffer(content[: len(content) // _RELA.itemsize * _RELA.itemsize], _RELA))
+        return np.concatenate(tables) if tables else np.zeros(0, _RELA)
 
     @cached_property
     def _dynamic(self) -> SymbolTable | None:
-        return self._elf.symbol_table(SHT_DYNSYM, ".dynsym")
+        return self._elf.symbol_table("SHT_DYNSYM", ".dynsym")
 
     def _slots(self, name: str, address: int) -> list[int]:
         """Return the GOT slots the dynamic linker fills with a function's address."""
@@ -265,9 +257,9 @@ class Callers:
         # Absolute addresses stand in the data itself in non-PIE programs, and with packed relocations.
         for section in self._elf.sections:
             if (
-                section.flags & SHF_ALLOC
-                and not section.flags & SHF_EXECINSTR
-                and section.type not in (SHT_NOBITS, SHT_RELA, SHT_DYNSYM)
+                section.is_loaded
+                and not section.is_code
+                and section.type not in ("SHT_NOBITS", "SHT_RELA", "SHT_DYNSYM")
                 and section.address % 8 == 0
                 and section.size <= MAX_CODE_BYTES
             ):
