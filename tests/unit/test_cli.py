@@ -100,9 +100,7 @@ class TestUsage:
     @pytest.mark.parametrize("option", ["-d", "--min-duration", "--stall", "--sample"])
     @pytest.mark.parametrize("text", ["5", "fast", "-3s", "10 parsecs", "", "1e3s", "nan s"])
     def test_of_a_duration_that_cannot_be_read_names_it(self, option: str, text: str) -> None:
-        done = CliRunner().invoke(cli.cli, ["record", "-p", "1", f"{option}={text}" if option != "-d" else f"-d{text}"])
-        if option == "-d" and not text:
-            pytest.skip("click takes the next word")
+        done = CliRunner().invoke(cli.cli, ["record", "-p", "1", option, text])
         assert done.exit_code == 2
         assert done.output.splitlines()[-1].startswith("Error: Invalid value for '")
         assert f'cannot read "{text}" as a duration; write a number and a unit' in done.output
