@@ -1,7 +1,7 @@
 """The reader: CPU per event from the ring buffer to the file, beside bcc's own callback that only counts.
 
 A producer turns each getppid of a C program into one record of the wire format. Both readers look at the
-ring every 10 ms, as ``stallscope record`` does; only their CPU time is counted, not the producer's.
+ring as often as ``stallscope record`` does; only their CPU time is counted, not the producer's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from figures import BenchError, Figure, Findings
 
 from stallscope.tracer.capture.bpf import BpfMap, attach_raw_tracepoint
 from stallscope.tracer.capture.loader import RAW_TRACEPOINT, Loader
-from stallscope.tracer.capture.recorder import FLUSH_ROWS
+from stallscope.tracer.capture.recorder import FLUSH_ROWS, READ_NS
 from stallscope.tracer.capture.ring import RingReader
 from stallscope.tracer.manifest import Manifest
 from stallscope.tracer.recording import RecordingWriter
@@ -35,7 +35,7 @@ FAST = 500_000
 SLOW = 200_000
 GOAL_NS = 150
 RING_BYTES = 8 << 20
-POLL_S = 0.01
+POLL_S = READ_NS / 1e9
 SOURCE = Path(__file__).with_name("producer.bpf.c")
 PEER = Path(__file__).with_name("bcc_reader.py")
 _SYS_GETPPID = 110  # Linux arch/x86/entry/syscalls/syscall_64.tbl
@@ -158,7 +158,9 @@ class BccReader:
 
 def bench(*, quick: bool) -> Findings:
     """Return CPU per event at full size, and what was lost at the steady rate."""
-    found = Findings(f"reader: {EVENTS:,} events of 56 bytes, ring of {RING_BYTES >> 20} MB, looked at every 10 ms")
+    found = Findings(
+        f"reader: {EVENTS:,} events of 56 bytes, ring of {RING_BYTES >> 20} MB, looked at every {POLL_S * 1000:.0f} ms"
+    )
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stallscope-bench-")))
         program = stack.enter_context(workload.running(workload.build(folder)))

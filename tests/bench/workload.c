@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The traced process of the benches. Each line "WORK COUNT RATE" on stdin is one run; the answer is
- * "COUNT WALL_NS CPU_NS", of the work alone. RATE is per second, 0 as fast as it goes.
+ * "COUNT WALL_NS CPU_NS", of the work alone. RATE is per second and never exceeded, 0 as fast as it goes.
  *
  *   getppid  a system call that the bench's producer.bpf.c turns into one record
  *   wait     epoll_wait that returns at once: one event loop iteration
@@ -65,7 +65,8 @@ static void run(void (*work)(long), long count, long rate)
 		for (long slot = 0; slot < per_slot && done < count; slot++)
 			work(done++);
 		if (rate) {
-			until += SLOT_NS;
+			/* late (the machine was busy): go on from now, a burst would not be that rate */
+			until = now_ns(CLOCK_MONOTONIC) > until + 2 * SLOT_NS ? now_ns(CLOCK_MONOTONIC) : until + SLOT_NS;
 			struct timespec time = {until / SECOND_NS, until % SECOND_NS};
 			clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &time, NULL);
 		}
