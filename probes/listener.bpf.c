@@ -4,43 +4,49 @@
  *
  * A connection is refused in two places (Linux net/ipv4/tcp_input.c, tcp_ipv4.c, tcp_ipv6.c):
  * at the SYN in tcp_conn_request, and at the third ACK in tcp_v4/v6_syn_recv_sock, which is reached from
- * tcp_check_req or, for a SYN cookie, from cookie_v4/v6_check. Neither tells its caller why; the functions'
- * own tests are repeated here on entry, and the socket's drop counter is compared on return.
+ * tcp_check_req or, for a SYN cookie, from cookie_v4/v6_check. Neither tells its caller why, but each adds to
+ * this CPU's share of its namespace's counters: what a counter gained between entry and return is the
+ * kernel's own verdict, whatever the queues looked like when the function was entered. Nothing else on this
+ * CPU can add to them meanwhile, because both run with softirqs off.
  *
- * The build passes the offsets of all members as SOCK_... etc. (from BTF), PROBE_LISTENER, and
- * LISTENER_EVENTS_PER_WINDOW. One body serves kprobe and fentry: see the list at the end.
+ * The build passes the offsets of all members as SOCK_... etc. and the numbers of the counters (from BTF),
+ * the address of the kernel's PER_CPU_OFFSETS, PROBE_LISTENER, and LISTENER_EVENTS_PER_WINDOW. One body
+ * serves kprobe and fentry: see the list at the end.
  */
 
-#define WINDOW_NS   100000000ULL
-#define ETH_P_IP    0x0800
-#define AF_INET	    2
-#define IPV4_MAPPED 0x0000ffff00000000ULL
+#define WINDOW_NS 100000000ULL
+#define ETH_P_IP  0x0800
+#define AF_INET	  2
+#define AT_SYN	  0
+#define AT_ACK	  1
 
-/* tcp_check_req answers a refusal with RST or not at all, by sysctl; cookie_v4/v6_check never answers */
-#define FROM_CHECK_REQ	  1
-#define FROM_COOKIE_CHECK 2
+#define IN_COOKIE_CHECK 0
+#define IN_HASHDANCE	1
+#define IPV4_MAPPED	0x0000ffff00000000ULL
 
 struct bucket {
 	u64 window_start_ns;
 	u64 sent;
 };
 
-/* The function that is running on this CPU: these run in softirq or with softirqs off, one at a time. */
+/* The function that is running on this CPU, and what the counters were when it was entered. */
 struct decision {
-	u64 listener;
+	u64 net;
+	u64 counters; /* address of this CPU's share */
+	u64 overflows;
+	u64 syn_queue_drops;
+	u64 cookies;
+	u64 drops;
 	struct event event;
-	u32 drops;
-	bool accept_queue_full;
-	bool syn_queue_full;
-	bool wants_cookie;
+	bool watched;
 	bool active;
 };
 
 BPF_HASH(listeners, u64, struct watched_listener, MAX_LISTENERS);
 BPF_TABLE("lru_hash", u64, struct waiting_connection, waiting_connections, MAX_WAITING);
 BPF_PERCPU_ARRAY(buckets, struct bucket, LISTENER_EVENTS);
-BPF_PERCPU_ARRAY(decisions, struct decision, 2);     /* 0 at the SYN, 1 at the third ACK */
-BPF_PERCPU_ARRAY(ack_paths, u32, 1);		     /* which function this CPU is in: FROM_..., or 0 */
+BPF_PERCPU_ARRAY(decisions, struct decision, 2);     /* AT_SYN, AT_ACK */
+BPF_PERCPU_ARRAY(in_function, bool, 2);		     /* IN_COOKIE_CHECK, IN_HASHDANCE: is this CPU in it? */
 BPF_HASH(other_overflows, u32, u64, MAX_NAMESPACES); /* of listeners not watched, by network namespace */
 
 #define READ(type, address)                                            \
@@ -49,12 +55,6 @@ BPF_HASH(other_overflows, u32, u64, MAX_NAMESPACES); /* of listeners not watched
 		read_kernel(&read_, sizeof(read_), (void *)(address)); \
 		read_;                                                 \
 	})
-
-static __always_inline bool accept_queue_is_full(u64 sk)
-{
-	/* sk_acceptq_is_full(): a strict comparison, so the queue holds one more than its limit */
-	return READ(u32, sk + SOCK_SK_ACK_BACKLOG) > READ(u32, sk + SOCK_SK_MAX_ACK_BACKLOG);
-}
 
 static __always_inline struct watched_listener *watched(u64 sk)
 {
@@ -131,23 +131,40 @@ static __always_inline void send_bounded(struct event *event, u32 kind)
 	send(event, counter);
 }
 
-static __always_inline void begin(struct decision *decision, u64 sk, u64 skb,
-				  struct watched_listener *listener)
+static __always_inline u64 counted(struct decision *decision, u32 counter)
 {
-	__builtin_memset(decision, 0, sizeof(*decision));
+	return READ(u64, decision->counters + LINUX_MIB_MIBS + counter * sizeof(u64));
+}
+
+static __always_inline int request_arrives(u32 at, u64 sk, u64 skb)
+{
+	struct decision *decision = decisions.lookup(&at);
+	struct watched_listener *listener = watched(sk);
+
+	if (!decision)
+		return 0;
+	decision->net = READ(u64, sk + SOCK_COMMON_SKC_NET);
+	decision->counters = READ(u64, decision->net + NET_MIB_NET_STATISTICS) +
+			     READ(u64, PER_CPU_OFFSETS + bpf_get_smp_processor_id() * sizeof(u64));
+	decision->overflows = counted(decision, LINUX_MIB_LISTENOVERFLOWS);
+	decision->watched = listener;
 	decision->active = true;
-	decision->listener = sk;
-	decision->drops = READ(u32, sk + SOCK_SK_DROPS);
-	decision->accept_queue_full = accept_queue_is_full(sk);
+	if (!listener)
+		return 0;
+	decision->syn_queue_drops = counted(decision, LINUX_MIB_TCPREQQFULLDROP);
+	decision->cookies = counted(decision, LINUX_MIB_SYNCOOKIESSENT);
+	decision->drops = counted(decision, LINUX_MIB_LISTENDROPS);
+	__builtin_memset(&decision->event, 0, sizeof(decision->event));
 	decision->event.start_ns = bpf_ktime_get_ns();
 	decision->event.pid = listener->pid;
 	decision->event.tid = listener->index;
 	describe_packet(&decision->event, sk, skb);
+	return 0;
 }
 
-static __always_inline void count_other_overflow(u64 sk)
+static __always_inline void count_other_overflow(u64 net)
 {
-	u32 namespace = READ(u32, READ(u64, sk + SOCK_COMMON_SKC_NET) + NET_NS_INUM);
+	u32 namespace = READ(u32, net + NET_NS_INUM);
 	u64 one = 1;
 	u64 *count = other_overflows.lookup(&namespace);
 
@@ -157,51 +174,35 @@ static __always_inline void count_other_overflow(u64 sk)
 		other_overflows.insert(&namespace, &one);
 }
 
-static __always_inline int syn_arrives(u64 sk, u64 skb)
+/* Return the decision that ends here when its listener is watched, else NULL. */
+static __always_inline struct decision *decided(u32 at)
 {
-	u32 slot = 0;
-	struct decision *decision = decisions.lookup(&slot);
-	struct watched_listener *listener = watched(sk);
+	struct decision *decision = decisions.lookup(&at);
 
-	if (!decision)
+	if (!decision || !decision->active)
 		return 0;
 	decision->active = false;
-	if (!listener) {
-		if (accept_queue_is_full(sk))
-			count_other_overflow(sk);
-		return 0;
-	}
-	begin(decision, sk, skb, listener);
-
-	u64 net = READ(u64, sk + SOCK_COMMON_SKC_NET);
-	u8 cookies = READ(u8, net + NET_IPV4_SYSCTL_TCP_SYNCOOKIES);
-	u32 limit = READ(u32, sk + SOCK_SK_MAX_ACK_BACKLOG);
-	/* inet_csk_reqsk_queue_is_full(); then tcp_syn_flood_action(): a cookie, or the end of it */
-	bool full = READ(u32, sk + INET_CONNECTION_SOCK_ICSK_ACCEPT_QUEUE_QLEN) >= limit;
-
-	decision->syn_queue_full = full && !cookies;
-	decision->wants_cookie = (full && cookies) || cookies == 2;
+	if (decision->watched)
+		return decision;
+	if (counted(decision, LINUX_MIB_LISTENOVERFLOWS) != decision->overflows)
+		count_other_overflow(decision->net);
 	return 0;
 }
 
 static __always_inline int syn_is_decided(void)
 {
-	u32 slot = 0;
-	struct decision *decision = decisions.lookup(&slot);
-
-	if (!decision || !decision->active)
-		return 0;
-	decision->active = false;
-
+	struct decision *decision = decided(AT_SYN);
 	u32 kind = SYN_TAKEN;
 
-	if (decision->syn_queue_full)
-		kind = SYN_REFUSED_SYN_QUEUE_FULL;
-	else if (decision->accept_queue_full)
+	if (!decision)
+		return 0;
+	if (counted(decision, LINUX_MIB_LISTENOVERFLOWS) != decision->overflows)
 		kind = SYN_REFUSED_ACCEPT_QUEUE_FULL;
-	else if (READ(u32, decision->listener + SOCK_SK_DROPS) != decision->drops)
+	else if (counted(decision, LINUX_MIB_TCPREQQFULLDROP) != decision->syn_queue_drops)
+		kind = SYN_REFUSED_SYN_QUEUE_FULL;
+	else if (counted(decision, LINUX_MIB_LISTENDROPS) != decision->drops)
 		kind = SYN_REFUSED_OTHERWISE;
-	else if (decision->wants_cookie)
+	else if (counted(decision, LINUX_MIB_SYNCOOKIESSENT) != decision->cookies)
 		kind = SYN_COOKIE_SENT;
 	send_bounded(&decision->event, kind);
 	return 0;
@@ -209,56 +210,45 @@ static __always_inline int syn_is_decided(void)
 
 static __always_inline int ack_arrives(u64 sk, u64 skb, bool ipv6)
 {
-	u32 slot = 1;
-	struct decision *decision = decisions.lookup(&slot);
-	struct watched_listener *listener = watched(sk);
-
 	/* tcp_v6_syn_recv_sock hands an IPv4 packet on to tcp_v4_syn_recv_sock, which is seen there */
-	if (!decision || (ipv6 && is_ipv4(skb)))
+	if (ipv6 && is_ipv4(skb))
 		return 0;
-	decision->active = false;
-	if (listener)
-		begin(decision, sk, skb, listener);
-	else if (accept_queue_is_full(sk))
-		count_other_overflow(sk);
+	return request_arrives(AT_ACK, sk, skb);
+}
+
+static __always_inline int set_in(u32 function, bool in)
+{
+	bool *place = in_function.lookup(&function);
+
+	if (place)
+		*place = in;
 	return 0;
+}
+
+static __always_inline bool is_in(u32 function)
+{
+	bool *place = in_function.lookup(&function);
+
+	return place && *place;
 }
 
 static __always_inline int ack_is_decided(u64 child)
 {
-	u32 slot = 1;
-	u32 zero = 0;
-	struct decision *decision = decisions.lookup(&slot);
-	u32 *path = ack_paths.lookup(&zero);
-
-	if (!decision || !decision->active)
-		return 0;
-	decision->active = false;
-	if (child)
-		return 0;
-
-	u64 net = READ(u64, decision->listener + SOCK_COMMON_SKC_NET);
+	struct decision *decision = decided(AT_ACK);
 	u32 kind = ACK_REFUSED_OTHERWISE;
 
-	if (decision->accept_queue_full) {
-		if (path && *path == FROM_COOKIE_CHECK)
+	if (!decision || child)
+		return 0;
+	if (counted(decision, LINUX_MIB_LISTENOVERFLOWS) != decision->overflows) {
+		/* tcp_check_req answers with RST or not at all; cookie_v4/v6_check never answers */
+		if (is_in(IN_COOKIE_CHECK))
 			kind = COOKIE_ACK_REFUSED;
-		else if (READ(u8, net + NET_IPV4_SYSCTL_TCP_ABORT_ON_OVERFLOW))
+		else if (READ(u8, decision->net + NET_IPV4_SYSCTL_TCP_ABORT_ON_OVERFLOW))
 			kind = ACK_REFUSED_WITH_RST;
 		else
 			kind = ACK_REFUSED_SILENTLY;
 	}
 	send_bounded(&decision->event, kind);
-	return 0;
-}
-
-static __always_inline int ack_path(u32 from)
-{
-	u32 zero = 0;
-	u32 *path = ack_paths.lookup(&zero);
-
-	if (path)
-		*path = from;
 	return 0;
 }
 
@@ -281,9 +271,25 @@ static __always_inline int connection_waits(u64 sk, u64 child)
 	};
 
 	describe_connection(&event, sk, child);
+	event.value[0]++; /* its length with this connection */
 	waiting_connections.update(&child, &waiting);
 	send_bounded(&event, CONNECTION_ENQUEUED);
 	return 0;
+}
+
+/*
+ * inet_csk_complete_hashdance puts an ordinary connection into the queue, by inet_csk_reqsk_queue_add, which
+ * the compiler may have made a part of it; a cookie's connection goes there directly.
+ */
+static __always_inline int hashdance_begins(u64 sk, u64 child, bool own_request)
+{
+	set_in(IN_HASHDANCE, true);
+	return own_request ? connection_waits(sk, child) : 0;
+}
+
+static __always_inline int connection_is_added(u64 sk, u64 child)
+{
+	return is_in(IN_HASHDANCE) ? 0 : connection_waits(sk, child);
 }
 
 static __always_inline int connection_is_accepted(u64 child)
@@ -328,17 +334,17 @@ static __always_inline int connection_is_accepted(u64 child)
 #define ARGUMENT(number) (fentry ? ((u64 *)ctx)[number - 1] : PT_REGS_PARM##number(((struct pt_regs *)ctx)))
 #define RESULT(function) (fentry ? ((u64 *)ctx)[ARGUMENTS_##function] : PT_REGS_RC(((struct pt_regs *)ctx)))
 
-ON_ENTRY(tcp_conn_request, syn_arrives(ARGUMENT(3), ARGUMENT(4)))
+ON_ENTRY(tcp_conn_request, request_arrives(AT_SYN, ARGUMENT(3), ARGUMENT(4)))
 ON_RETURN(tcp_conn_request, syn_is_decided())
 ON_ENTRY(tcp_v4_syn_recv_sock, ack_arrives(ARGUMENT(1), ARGUMENT(2), false))
 ON_RETURN(tcp_v4_syn_recv_sock, ack_is_decided(RESULT(tcp_v4_syn_recv_sock)))
 ON_ENTRY(tcp_v6_syn_recv_sock, ack_arrives(ARGUMENT(1), ARGUMENT(2), true))
 ON_RETURN(tcp_v6_syn_recv_sock, ack_is_decided(RESULT(tcp_v6_syn_recv_sock)))
-ON_ENTRY(tcp_check_req, ack_path(FROM_CHECK_REQ))
-ON_RETURN(tcp_check_req, ack_path(0))
-ON_ENTRY(cookie_v4_check, ack_path(FROM_COOKIE_CHECK))
-ON_RETURN(cookie_v4_check, ack_path(0))
-ON_ENTRY(cookie_v6_check, ack_path(FROM_COOKIE_CHECK))
-ON_RETURN(cookie_v6_check, ack_path(0))
-ON_ENTRY(inet_csk_reqsk_queue_add, connection_waits(ARGUMENT(1), ARGUMENT(3)))
+ON_ENTRY(cookie_v4_check, set_in(IN_COOKIE_CHECK, true))
+ON_RETURN(cookie_v4_check, set_in(IN_COOKIE_CHECK, false))
+ON_ENTRY(cookie_v6_check, set_in(IN_COOKIE_CHECK, true))
+ON_RETURN(cookie_v6_check, set_in(IN_COOKIE_CHECK, false))
+ON_ENTRY(inet_csk_complete_hashdance, hashdance_begins(ARGUMENT(1), ARGUMENT(2), (u8)ARGUMENT(4)))
+ON_RETURN(inet_csk_complete_hashdance, set_in(IN_HASHDANCE, false))
+ON_ENTRY(inet_csk_reqsk_queue_add, connection_is_added(ARGUMENT(1), ARGUMENT(3)))
 ON_RETURN(inet_csk_accept, connection_is_accepted(RESULT(inet_csk_accept)))

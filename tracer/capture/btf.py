@@ -20,8 +20,9 @@ _MAGIC = 0xEB9F
 _HEADER = struct.Struct("<HBBIIIII")
 _TYPE = struct.Struct("<III")
 _MEMBER = struct.Struct("<III")
+_ENUMERATOR = struct.Struct("<Ii")
 
-_STRUCT, _UNION, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO = 4, 5, 8, 9, 10, 11, 12, 13
+_ENUM, _STRUCT, _UNION, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO = 6, 4, 5, 8, 9, 10, 11, 12, 13
 _TYPE_TAG = 18
 _WRAPPERS = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG)
 _FIXED_TAIL_BYTES = {1: 4, 3: 12, 14: 4, 17: 4}
@@ -107,6 +108,28 @@ class KernelTypes:
                 offset_bits += inner[0]
                 type_id = inner[1]
             found[path] = offset_bits // 8
+        return found
+
+    def enumerators(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the value of each named enumerator, in whichever enum of 32 bits it is.
+
+        Raises:
+            SurroundingsError: one is missing; names it.
+        """
+        wanted = list(names)
+        places = self._name_offsets(wanted)
+        found = {}
+        for place in self._places:
+            _, info, _ = _TYPE.unpack_from(self._types, place)
+            if info >> 24 & 0x1F != _ENUM:
+                continue
+            values = self._types[place + _TYPE.size : place + _TYPE.size + (info & 0xFFFF) * _ENUMERATOR.size]
+            for name, value in _ENUMERATOR.iter_unpack(values):
+                if name in places:
+                    found[places[name]] = value
+        for name in wanted:
+            if name not in found:
+                raise SurroundingsError(f"this kernel's types have no {name}; please report the kernel's version")
         return found
 
     def _member(self, type_id: int, name: bytes, depth: int = 0) -> tuple[int, int] | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stallscope.probes.catalogue import Field
@@ -20,6 +21,7 @@ from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.manifest import LISTENER, ProbeInfo
 
 KPROBES = Path("/sys/bus/event_source/devices/kprobe")
+KALLSYMS = Path("/proc/kallsyms")
 
 MAX_FENTRY_ARGUMENTS = 6
 """A BPF trampoline passes no more on x86-64 before Linux commit 473e3150e30a, v6.6."""
@@ -42,9 +44,9 @@ HOOKS = (
     Hook("tcp_conn_request", required=True),
     Hook("tcp_v4_syn_recv_sock"),
     Hook("tcp_v6_syn_recv_sock"),
-    Hook("tcp_check_req"),
     Hook("cookie_v4_check"),
     Hook("cookie_v6_check"),
+    Hook("inet_csk_complete_hashdance"),
     Hook("inet_csk_reqsk_queue_add", on_return=False),
     Hook("inet_csk_accept", on_entry=False),
 )
@@ -76,7 +78,6 @@ FIELDS = (
 _MEMBERS = (
     "sock.sk_ack_backlog",
     "sock.sk_max_ack_backlog",
-    "sock.sk_drops",
     "sock_common.skc_cookie",
     "sock_common.skc_net",
     "sock_common.skc_family",
@@ -89,12 +90,21 @@ _MEMBERS = (
     "sk_buff.transport_header",
     "sk_buff.protocol",
     "net.ns.inum",
-    "net.ipv4.sysctl_tcp_syncookies",
+    "net.mib.net_statistics",
+    "linux_mib.mibs",
     "net.ipv4.sysctl_tcp_abort_on_overflow",
     "iphdr.saddr",
     "ipv6hdr.saddr",
     "tcphdr.source",
 )
+
+_COUNTERS = (
+    "LINUX_MIB_LISTENOVERFLOWS",
+    "LINUX_MIB_LISTENDROPS",
+    "LINUX_MIB_TCPREQQFULLDROP",
+    "LINUX_MIB_SYNCOOKIESSENT",
+)
+"""Linux include/uapi/linux/snmp.h; their numbers differ between kernels (19, 20, 21 or 23 for the first)."""
 
 # Linux include/uapi/linux/bpf.h: enum bpf_prog_type, enum bpf_attach_type
 _PROG_TRACING, _ATTACH_FENTRY = 26, 24
@@ -110,13 +120,17 @@ class ListenerPlan:
         rungs: ``fentry`` or ``kprobe`` by function, for those that this kernel has.
         arguments: number of arguments by function, from BTF.
         offsets: byte offset by member path.
+        numbers: numbers of the kernel's counters, and the address of its table of per-CPU offsets.
         missing: functions this kernel's types do not list.
+        events_per_second: limit of each kind of event on each CPU.
     """
 
     rungs: Mapping[str, str]
     arguments: Mapping[str, int]
     offsets: Mapping[str, int]
+    numbers: Mapping[str, int]
     missing: tuple[str, ...]
+    events_per_second: int = EVENTS_PER_SECOND
 
     def flags(self, first_probe: int, fentry_prefix: str, fexit_prefix: str) -> list[str]:
         """Return the compiler flags of listener.bpf.c.
@@ -126,7 +140,8 @@ class ListenerPlan:
             fentry_prefix, fexit_prefix: what bcc wants before the function in the name of a tracing program.
         """
         flags = [f"-D{path.replace('.', '_').upper()}={offset}" for path, offset in self.offsets.items()]
-        flags += [f"-DPROBE_LISTENER={first_probe}", f"-DLISTENER_EVENTS_PER_WINDOW={EVENTS_PER_SECOND // 10}"]
+        flags += [f"-D{name}={number}ULL" for name, number in self.numbers.items()]
+        flags += [f"-DPROBE_LISTENER={first_probe}", f"-DLISTENER_EVENTS_PER_WINDOW={self.events_per_second // 10}"]
         for hook in HOOKS:
             name = hook.function
             fentry = self.rungs.get(name) == FENTRY_RUNG
@@ -145,14 +160,15 @@ class ListenerPlan:
     def without_fentry(self, functions: Sequence[str]) -> ListenerPlan:
         """Return the plan with these functions on the next rung, kprobe."""
         rungs = {name: KPROBE_RUNG if name in functions else rung for name, rung in self.rungs.items()}
-        return ListenerPlan(rungs, self.arguments, self.offsets, self.missing)
+        return replace(self, rungs=rungs)
 
 
 def plan_listener() -> ListenerPlan:
     """Return how the listener is hooked on this kernel.
 
     Raises:
-        SurroundingsError: the kernel has no BTF, a member is missing from it, or it has neither fentry nor kprobes.
+        SurroundingsError: the kernel has no BTF, a member is missing from it, it has neither fentry nor kprobes,
+            or hides its addresses.
     """
     if not may_be_hooked():
         raise SurroundingsError("this kernel has neither kprobes nor fentry")
@@ -168,7 +184,8 @@ def plan_listener() -> ListenerPlan:
         for name, function in known.items()
     }
     arguments = {name: function.arguments for name, function in known.items()}
-    return ListenerPlan(rungs, arguments, types.offsets(_MEMBERS), missing)
+    numbers = {**types.enumerators(_COUNTERS), "PER_CPU_OFFSETS": _address_of("__per_cpu_offset")}
+    return ListenerPlan(rungs, arguments, types.offsets(_MEMBERS), numbers, missing)
 
 
 def may_be_hooked() -> bool:
@@ -185,6 +202,24 @@ def fentry_refusal(function_id: int = 0) -> str:
     """
     reason = load_trial(_PROG_TRACING, _ATTACH_FENTRY, function_id)
     return reason if function_id or reason == os.strerror(errno.EPERM) else ""
+
+
+def _address_of(symbol: str) -> int:
+    """Return a kernel symbol's address.
+
+    Raises:
+        SurroundingsError: the kernel has no such symbol, or hides it from us.
+    """
+    try:
+        match = re.search(rb"^([0-9a-f]+) \w %b$" % symbol.encode(), KALLSYMS.read_bytes(), re.MULTILINE)
+    except OSError as error:
+        raise SurroundingsError(f"cannot read {KALLSYMS}: {error.strerror}") from error
+    if match is None:
+        raise SurroundingsError(f"{KALLSYMS} has no {symbol}; use a kernel with CONFIG_KALLSYMS_ALL")
+    address = int(match[1], 16)
+    if not address:
+        raise SurroundingsError(f"{KALLSYMS} hides addresses; run as root and set kernel.kptr_restrict below 2")
+    return address
 
 
 def listener_probes(first_probe: int, plan: ListenerPlan) -> list[ProbeInfo]:
