@@ -89,8 +89,7 @@ class TestBuild:
     def test_an_unknown_name_is_a_usage_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["9.9.9"]) == 2
         assert capsys.readouterr().err == (
-            'build.py: there is no build "9.9.9"; '
-            "choose among 2.8.17, 2.8.17-patched, 2.8.17-lto, 3.2.6, 5.0.6\n"
+            'build.py: there is no build "9.9.9"; choose among 2.8.17, 2.8.17-patched, 2.8.17-lto, 3.2.6, 5.0.6\n'
         )
 
     def test_the_lists_says_what_is_built(
@@ -127,9 +126,7 @@ class TestServer:
         ):
             pass
 
-    def test_what_is_not_built_names_the_command(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_is_not_built_names_the_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("STALLSCOPE_LAB", str(tmp_path))
         with pytest.raises(LabError, match=r"run vagrant/lab/build.py 5.0.6$"):
             find_server("5.0.6")
@@ -233,9 +230,7 @@ class TestBounds:
         assert done.returncode == 2
         assert done.stderr.startswith("load.py: the load goes to loopback only")
 
-    def test_a_recipe_beyond_the_memory_is_refused(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_recipe_beyond_the_memory_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         meminfo = tmp_path / "meminfo"
         meminfo.write_text("MemTotal: 2000000 kB\nMemAvailable: 1000000 kB\n")
         monkeypatch.setattr("lab.recipes.MEMINFO", meminfo)
@@ -364,13 +359,9 @@ class TestCommand:
     def test_that_does_not_exist_is_a_usage_error(self) -> None:
         done = run_file("incident.py", *self.words("/no/such/recorder"))
         assert done.returncode == 2
-        assert done.stderr.startswith(
-            "incident.py: cannot run /no/such/recorder: No such file or directory; "
-        )
+        assert done.stderr.startswith("incident.py: cannot run /no/such/recorder: No such file or directory; ")
 
-    @pytest.mark.parametrize(
-        ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
-    )
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
     def test_everything_is_stopped_when_the_runner_is(
         self, number: signal.Signals, status: int, left_over: list[psutil.Process], tmp_path: Path
     ) -> None:

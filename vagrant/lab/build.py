@@ -178,9 +178,7 @@ def _fetch(source: Source, folder: Path, log: Path) -> Path:
             (Path(scratch) / source.file).replace(archive)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != source.sha256:
-        raise LabError(
-            f"{archive} has SHA-256 {digest}, not the pinned {source.sha256}; delete it and try again"
-        )
+        raise LabError(f"{archive} has SHA-256 {digest}, not the pinned {source.sha256}; delete it and try again")
     return archive
 
 
@@ -204,9 +202,7 @@ def _prepare_jemalloc(jemalloc: Path, log: Path) -> None:
     if not version.exists():
         released = re.search(r"^\* (\d+\.\d+\.\d+)", (jemalloc / "ChangeLog").read_text(), re.MULTILINE)
         if released is None:
-            raise LabError(
-                f"cannot tell jemalloc's version from {jemalloc / 'ChangeLog'}; write {version} by hand"
-            )
+            raise LabError(f"cannot tell jemalloc's version from {jemalloc / 'ChangeLog'}; write {version} by hand")
         version.write_text(f"{released[1]}-0-g{'0' * 40}\n")
     if not (jemalloc / "configure").exists():
         _step(["autoconf"], jemalloc, log)
@@ -280,12 +276,8 @@ def _note(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a build of --list; without any, all of them"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a build of --list; without any, all of them")
     parser.add_argument("--list", action="store_true", help="list the builds: name, built or not, what it is")
     parser.add_argument("--prefix", type=Path, default=home(), metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(arguments)

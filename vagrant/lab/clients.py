@@ -331,9 +331,7 @@ def probe_with_pings(stage: Stage) -> list[tuple[int, int]]:
             sent_ns = time.monotonic_ns()
             connection.sendall(PING)
             if not connection.recv(64):
-                raise LabError(
-                    f"the server on port {stage.port} closed the standing connection; read its log"
-                )
+                raise LabError(f"the server on port {stage.port} closed the standing connection; read its log")
             pings.append((sent_ns, time.monotonic_ns() - sent_ns))
     return pings
 

@@ -85,9 +85,7 @@ class PreparedLoad:
         try:
             document = self._process.communicate(timeout=REPORT_TIMEOUT_S)[0]
         except subprocess.TimeoutExpired:
-            raise LabError(
-                f"the load did not end within {REPORT_TIMEOUT_S:.0f} s; is the server stopped?"
-            ) from None
+            raise LabError(f"the load did not end within {REPORT_TIMEOUT_S:.0f} s; is the server stopped?") from None
         if self._process.returncode != 0:
             raise self._failure()
         return Outcome.from_json(document.decode())
@@ -101,9 +99,7 @@ class PreparedLoad:
     def _failure(self) -> LabError:
         self._messages.seek(0)
         lines = self._messages.read().decode(errors="replace").strip().splitlines()
-        said = (
-            lines[-1].removeprefix("load.py: ") if lines else f"status {self._process.returncode}, no message"
-        )
+        said = lines[-1].removeprefix("load.py: ") if lines else f"status {self._process.returncode}, no message"
         return LabError(f"the load failed: {said}")
 
 
@@ -181,9 +177,7 @@ def _running_command(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]
     try:
         process = subprocess.Popen(command)
     except OSError as error:
-        raise LabUsageError(
-            f"cannot run {command[0]}: {error.strerror}; is it installed and on PATH?"
-        ) from None
+        raise LabUsageError(f"cannot run {command[0]}: {error.strerror}; is it installed and on PATH?") from None
     try:
         yield process
     except KeyboardInterrupt:
@@ -242,18 +236,14 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--build", default="2.8.17", help="a build of build.py --list (default: %(default)s)")
     which.add_argument("--server", type=Path, metavar="PATH", help="any other redis-server")
     add_recipe_options(parser, "incident")
     parser.add_argument("--port", type=_port, default="auto", help="a port, or auto for a free one (default)")
     parser.add_argument("--load-json", type=Path, metavar="FILE", help="write what the clients met to FILE")
-    parser.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run meanwhile"
-    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run meanwhile")
     return parser
 
 

@@ -80,9 +80,7 @@ def put_load(
     check(recipe, host)
     needed = recipe.held + SPARE_FILES
     if allow_files(needed) < needed:
-        raise LabError(
-            f"this load opens {needed} descriptors, more than the limit; ulimit -n {needed}, or run as root"
-        )
+        raise LabError(f"this load opens {needed} descriptors, more than the limit; ulimit -n {needed}, or run as root")
     start, trimmed, stop = _FORK.Event(), _FORK.Event(), _FORK.Event()
     work: dict[str, Callable[[Stage], Any]] = {"watch": watch_listener, "ping": probe_with_pings}
     if recipe.held:
@@ -92,9 +90,7 @@ def put_load(
     roles: list[_Role] = []
     try:
         for name, function in work.items():
-            roles.append(
-                _begin(name, function, Stage(recipe, host, port, _FORK.Event(), start, trimmed, stop))
-            )
+            roles.append(_begin(name, function, Stage(recipe, host, port, _FORK.Event(), start, trimmed, stop)))
         _wait_until_ready(roles)
         at_prepared()
         started_ns = time.monotonic_ns()
@@ -147,9 +143,7 @@ def _wait_until_ready(roles: Sequence[_Role]) -> None:
     while not all(role.stage.ready.is_set() for role in roles):
         _fail_if_one_ends(roles, 0.02)
         if time.monotonic() > deadline_s:
-            raise LabError(
-                f"the clients were not in place within {PREPARE_TIMEOUT_S:.0f} s; choose a smaller recipe"
-            )
+            raise LabError(f"the clients were not in place within {PREPARE_TIMEOUT_S:.0f} s; choose a smaller recipe")
 
 
 def _fail_if_one_ends(roles: Sequence[_Role], for_s: float) -> None:
@@ -214,19 +208,13 @@ def add_recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the options of ``add_recipe_options`` describe."""
     given = {name: getattr(options, name) for _, name, _, _ in RECIPE_OPTIONS}
-    return replace(
-        RECIPES[options.recipe], **{name: value for name, value in given.items() if value is not None}
-    )
+    return replace(RECIPES[options.recipe], **{name: value for name, value in given.items() if value is not None})
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", action="store_true", help="list the recipes")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="an address in 127.0.0.0/8 (default: %(default)s)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="an address in 127.0.0.0/8 (default: %(default)s)")
     parser.add_argument("--port", type=int, help="the server's port")
     parser.add_argument("--handshake", action="store_true", help="wait for a line on stdin before starting")
     add_recipe_options(parser, "quiet")

@@ -44,13 +44,9 @@ class Pings:
         worst = sorted(sent, key=lambda ping: -ping[1])[:WORST_PINGS]
 
         def at(ratio: float) -> float:
-            return (
-                round(ordered[min(len(ordered) - 1, int(len(ordered) * ratio))] / 1e6, 3) if ordered else 0.0
-            )
+            return round(ordered[min(len(ordered) - 1, int(len(ordered) * ratio))] / 1e6, 3) if ordered else 0.0
 
-        return cls(
-            len(sent), at(0.5), at(0.99), at(1), tuple((ns, round(took / 1e6, 3)) for ns, took in worst)
-        )
+        return cls(len(sent), at(0.5), at(0.99), at(1), tuple((ns, round(took / 1e6, 3)) for ns, took in worst))
 
 
 @dataclass(frozen=True)
@@ -126,8 +122,6 @@ class Outcome:
             f"{listener.overflows:,} listen overflows",
             f"queue at most {listener.max_queue:,} of {listener.backlog:,}",
             f"longest PING {self.ping.max_ms:,.0f} ms",
-            "the uploaders were never trimmed"
-            if self.held.filled_bytes and self.held.trimmed_s is None
-            else "",
+            "the uploaders were never trimmed" if self.held.filled_bytes and self.held.trimmed_s is None else "",
         ]
         return ", ".join(part for part in parts if part)

@@ -83,9 +83,7 @@ def running_server(
     version = read_version(path)
     somaxconn = int(SOMAXCONN.read_text())
     if backlog > somaxconn:
-        raise LabError(
-            f"a backlog of {backlog} would be cut to {somaxconn}; sysctl -w net.core.somaxconn={backlog}"
-        )
+        raise LabError(f"a backlog of {backlog} would be cut to {somaxconn}; sysctl -w net.core.somaxconn={backlog}")
     with tempfile.TemporaryDirectory(prefix="stallscope-lab-") as name:
         folder = Path(name)
         chosen = port or _free_port()
@@ -125,9 +123,7 @@ def find_server(build: str | Path) -> Path:
     if build not in builds:
         raise LabUsageError(f'there is no build "{build}"; choose among {", ".join(builds)}')
     if not is_built(builds[build]):
-        raise LabError(
-            f"Redis {build} is not built, or its inputs have changed; run vagrant/lab/build.py {build}"
-        )
+        raise LabError(f"Redis {build} is not built, or its inputs have changed; run vagrant/lab/build.py {build}")
     return server_path(build)
 
 
