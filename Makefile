@@ -46,11 +46,10 @@ setup: demo-packages .venv/ready
 
 # Install the missing ones of a list of packages; without root, say which.
 # RUNLEVEL=1: a package's server (redis-server) is installed, not started.
-.PHONY: demo-packages test-packages vm-packages
 demo-packages: PACKAGES = $(DEMO_PACKAGES)
 test-packages: PACKAGES = $(TEST_PACKAGES)
 vm-packages: PACKAGES = $(VM_PACKAGES)
-demo-packages test-packages vm-packages:
+demo-packages test-packages vm-packages bench-packages:
 	@missing=$$(for name in $(PACKAGES); do \
 		dpkg-query -W -f='$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; done); \
 	[ -z "$$missing" ] && exit 0; \
@@ -61,6 +60,6 @@ demo-packages test-packages vm-packages:
 clean:
 	rm -rf .venv .cache build *.egg-info
 
--include tests/bench/bench.mk
+include tests/bench/bench.mk
 include vagrant/vm.mk
 vm: setup vm-packages

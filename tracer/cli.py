@@ -50,7 +50,7 @@ SIZE = _Parsed("size", parse_bytes)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stallscope")
 def cli() -> None:
-    r"""Find the call that blocked Redis while the kernel refused connections.
+    """Find the call that blocked Redis while the kernel refused connections.
 
     \b
     Examples:
@@ -106,7 +106,7 @@ def record(
     probes: tuple[str, ...], no_default_probes: bool, min_duration: int, stall: int, sample: int,
     ring_size: int, quiet: bool,
 ) -> None:  # fmt: skip
-    r"""Record the slow calls of live Redis servers, with their accept queues beside them.
+    """Record the slow calls of live Redis servers, with their accept queues beside them.
 
     Needs root. A password for INFO is taken from REDISCLI_AUTH. Ends with exit code 5 when more than 1% of
     the events were lost.
@@ -203,7 +203,7 @@ def progress_line(progress: Progress) -> str:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def summary(file: Path, as_json: bool) -> None:
-    r"""Say what blocked the server, how many connections were refused, and what everything cost.
+    """Say what blocked the server, how many connections were refused, and what everything cost.
 
     Needs no root, and no bcc.
 
@@ -235,7 +235,7 @@ def summary(file: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def probes(pid: int | None, binary: Path | None, probes: tuple[str, ...], as_json: bool) -> None:
-    r"""Show what can be traced in a server: where each function is, or why not and what is used instead.
+    """Show what can be traced in a server: where each function is, or why not and what is used instead.
 
     \b
     Examples:
@@ -262,7 +262,7 @@ def probes(pid: int | None, binary: Path | None, probes: tuple[str, ...], as_jso
 @click.option("-p", "--pid", type=click.IntRange(min=1), help="Look at this server too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def doctor(pid: int | None, as_json: bool) -> None:
-    r"""Say what is and is not observable on this machine, and the remedy for each. Changes nothing.
+    """Say what is and is not observable on this machine, and the remedy for each. Changes nothing.
 
     Ends with exit code 4 when nothing can be traced here.
 

@@ -76,7 +76,7 @@ DISCARD_BIT = np.uint32(1 << 30)
 
 
 def waiting_records(data: npt.NDArray[np.void], consumer: int, producer: int) -> tuple[npt.NDArray[np.void], int]:
-    """Return a view of the committed records and the new consumer position.
+    """Return a copy of the committed records and the new consumer position.
 
     Args:
         data: the ring's pages mapped twice in a row, as an array of ``RING_RECORD``; its length is twice
@@ -85,8 +85,8 @@ def waiting_records(data: npt.NDArray[np.void], consumer: int, producer: int) ->
         producer: producer position, bytes since the ring was made.
 
     Returns:
-        The ``event`` fields of the records up to the first one still being written, without those
-        discarded, and the consumer position after them.
+        The ``event`` fields (dtype ``EVENT``) of the records up to the first one still being written, without
+        those discarded, and the consumer position after them.
     """
     capacity = len(data) // 2
     first = (consumer // RING_RECORD.itemsize) % capacity
@@ -96,7 +96,9 @@ def waiting_records(data: npt.NDArray[np.void], consumer: int, producer: int) ->
     if busy.size:
         run = run[: busy[0]]
         length = run["length"]
-    events = run["event"]
+    # copied as words: field by field it takes four times as long
+    words = run.view("<u8").reshape(-1, RING_RECORD.itemsize // 8)
+    events = np.ascontiguousarray(words[:, RING_HEADER_BYTES // 8 :]).view(EVENT).reshape(-1)
     discarded = (length & DISCARD_BIT) != 0
     if discarded.any():
         events = events[~discarded]

@@ -1,6 +1,6 @@
 # Measured figures beside a peer's. Included by the Makefile at the top.
 #   make bench         everything: needs root, takes about 5 minutes
-#   make bench-quick   fewer and shorter rounds, under 90 s
+#   make bench-quick   fewer and shorter rounds, about 2 minutes
 BENCH_JSON ?=
 BENCH_PACKAGES := $(DEMO_PACKAGES) bpftrace redis-server redis-tools
 

@@ -34,7 +34,7 @@ def main() -> int:
     """Run the benches, print the table; the exit code says only whether something was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, under 90 s")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, about 2 minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
     options = parser.parse_args()
     for name in options.benches:

@@ -30,7 +30,7 @@ from stallscope.tracer.capture.traced import TracedSet, TraceOptions
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import Counters, Manifest, ProbeCounters, TargetInfo
-from stallscope.tracer.recording import RecordingWriter, empty_events
+from stallscope.tracer.recording import RecordingWriter, empty_events, joined_events
 
 FLUSH_NS = 500_000_000
 """Rows and counters are written at least this often, so a file that is cut short lacks less than a second."""
@@ -178,7 +178,7 @@ class Recorder:
                 next_flush = now_ns + FLUSH_NS
                 manifest = self._manifest()
                 writer.write(
-                    np.concatenate(pending),
+                    joined_events(pending),
                     Counters(now_ns, self._counters(now_ns)),
                     None if manifest == last else manifest,
                 )
@@ -216,7 +216,7 @@ class Recorder:
             ended_by=self._ended_by,
             cost=self._cost(counters, ended_ns, used_ns),
         )
-        writer.finish(np.concatenate(pending), Counters(ended_ns, counters), manifest)
+        writer.finish(joined_events(pending), Counters(ended_ns, counters), manifest)
         on_progress(self.progress)
         return manifest
 
@@ -331,10 +331,16 @@ class Recorder:
             if pid in self._traced.targets:
                 continue
             try:
-                self._add([open_target(pid, any_program=self.options.any_program)])
+                target = open_target(pid, any_program=self.options.any_program)
             except TargetError:
                 continue  # gone again, or not ready
+            try:
+                self._add([target])
             except StallscopeError as error:
+                is_running = target.is_running()
+                target.close()
+                if not is_running:
+                    continue
                 self._traced.note(f"process {pid} on port {port} is not traced: {error}")
                 self._wanted_ports.discard(port)
                 continue

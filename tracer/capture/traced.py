@@ -43,6 +43,7 @@ from stallscope.tracer.manifest import (
     ProbeCounters,
     ProbeInfo,
 )
+from stallscope.tracer.recording import joined_events
 from stallscope.tracer.units import format_duration_ns
 
 ITERATION_FIELDS = (Field("ready", "file descriptors", 0), Field("accepted", "connections", 1))
@@ -174,8 +175,9 @@ class TracedSet:
 
     def read(self) -> npt.NDArray[np.void]:
         """Return all waiting records (dtype ``EVENT``)."""
-        events = np.concatenate([program.ring.read() for program in self._programs])
-        return events[events["probe"] != CALIBRATION_PROBE]
+        events = joined_events([program.ring.read() for program in self._programs])
+        calibration = events["probe"] == CALIBRATION_PROBE
+        return events[~calibration] if calibration.any() else events
 
     def counters(self) -> dict[int, ProbeCounters]:
         """Return the in-kernel counters of every function, the event loop and accept."""
@@ -304,7 +306,7 @@ class TracedSet:
         if not handles and failures:
             raise failures[0]
         if not handles:
-            reasons = "; ".join(note.text for note in self.notes[-2:]) or "no function was asked for"
+            reasons = self.notes[-1].text if self.notes else "no function was asked for"
             raise SurroundingsError(f"nothing to trace in process {target.pid} ({target.exe}): {reasons}")
         self.base.watch_loop(target.pid)
         self.targets[target.pid] = target
