@@ -198,4 +198,6 @@ def _places(types: bytes) -> list[int]:
         (info,) = unpack(types, place + 4)
         kind = info >> 24 & 0x1F
         place += 12 + _FIXED_TAIL_BYTES.get(kind, 0) + (info & 0xFFFF) * _TAIL_BYTES_PER_ITEM.get(kind, 0)
+    if place != len(types):
+        raise ValueError(place)
     return places
