@@ -122,8 +122,9 @@ class TestIncident:
         large = inside(trim[trim["length_bytes"] >= RECIPES["little"].sent_bytes], resize)
         client = resize.loc[large]
         wall_s = (client["start_ns"] + met.rows.manifest.wall_offset_ns) // 1_000_000_000
-        # whole seconds, of a clock that Redis looks at ten times a second
-        assert (wall_s - client["last_interaction_s"] >= 2).all()
+        # The server trims after 2 s, or, of a buffer twice as large as its recent peak, at the second visit in
+        # which nothing was read: at least one second, on a clock of whole seconds.
+        assert (wall_s - client["last_interaction_s"] >= 1).all()
         assert client["fd"].is_unique
         assert (client["fd"] > 2).all()
 
@@ -142,7 +143,7 @@ class TestIncident:
         assert (stalls["duration_ns"] >= met.rows.manifest.stall_ns).all()
         longest = cron.loc[[cron["duration_ns"].astype("float").idxmax()]]
         (holder,) = inside(longest, stalls)
-        assert holder == stalls["duration_ns"].astype("float").idxmax()
+        assert stalls.loc[holder, "duration_ns"] >= longest["duration_ns"].item() > 0
 
     def test_the_accept_queue_is_seen_full(self, met: Incident) -> None:
         queue = met.rows.of("accept queue")

@@ -107,7 +107,7 @@ class TracedSet:
         """Find the functions in these processes and compile and load what they need; nothing is attached.
 
         Raises:
-            SurroundingsError: bcc is missing or cannot compile here.
+            SurroundingsError: bcc is missing or cannot compile here, or a process has nothing to trace; says why.
             SymbolError: a binary cannot be read.
         """
         for target in targets:
@@ -150,7 +150,7 @@ class TracedSet:
         """Attach to processes that were prepared.
 
         Raises:
-            SurroundingsError: nothing at all can be attached to one of them; says why.
+            SurroundingsError: the kernel refuses every probe of one of them; says why.
         """
         for target in targets:
             self._attach(target, self._plans.pop(target.pid))
@@ -225,9 +225,12 @@ class TracedSet:
         self.targets.clear()
 
     def _plan(self, target: Target) -> list[tuple[int, Decoder, Attachment]]:
-        """Return (probe id, decoder, place) for each place to attach to in a process."""
+        """Return (probe id, decoder, place) for each place to attach to in a process; raises if there is none."""
         plan: dict[tuple[str, int], tuple[int, Decoder, Attachment]] = {}
-        for resolution in resolve(target.image, self.options.functions, redis_version=target.version or None):
+        resolutions = resolve(target.image, self.options.functions, redis_version=target.version or None)
+        if not any(resolution.attachments for resolution in resolutions):
+            raise SurroundingsError(f"nothing to trace in process {target.pid} ({target.exe}): {resolutions[0].reason}")
+        for resolution in resolutions:
             if not resolution.attachments:
                 self.note(f"{resolution.function} is not traced in process {target.pid}: {resolution.reason}")
             for attachment in resolution.attachments:
@@ -305,9 +308,6 @@ class TracedSet:
                 self.probes[index] = replace(self.probes[index], pids=(*self.probes[index].pids, target.pid))
         if not handles and failures:
             raise failures[0]
-        if not handles:
-            reasons = self.notes[-1].text if self.notes else "no function was asked for"
-            raise SurroundingsError(f"nothing to trace in process {target.pid} ({target.exe}): {reasons}")
         self.base.watch_loop(target.pid)
         self.targets[target.pid] = target
 
