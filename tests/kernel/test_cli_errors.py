@@ -174,7 +174,7 @@ class TestTarget:
         subprocess.run(["strip", "--strip-all", "-o", str(stripped), str(binary)], check=True)
         with running_nesting(stripped) as program:
             words[words.index("-p") + 1] = str(program.pid)
-            assert_one_line(stallscope(*words), 4, 'no symbol "leaf"', "stripped: install its debug symbols")
+            assert_one_line(stallscope(*words), 4, 'no symbol "leaf"', "(stripped); install its debug symbols")
 
     def test_gone_meanwhile(self, binary: Path, words: list[str]) -> None:
         with running_nesting(binary) as short_lived:
