@@ -230,7 +230,11 @@ class Watchers:
             self.best.look()
             return sum(self.best.hits[kind] for kind in kinds) >= count
 
-        until(happened, f"{count} x {', '.join(kinds)}")
+        try:
+            until(happened, f"{count} x {', '.join(kinds)}")
+        except AssertionError as error:
+            counted = [_gained(start, now) for (_, start), now in zip(self._namespaces, self._counted(), strict=True)]
+            raise AssertionError(f"{error}; seen {self.best.hits}, counted {counted}") from None
 
     def finish(self) -> dict[str, int]:
         """Take the final counts and hold them against the kernel's; returns what the first namespace counted.
@@ -266,13 +270,12 @@ class Watchers:
             "ListenOverflows": sum(hits[kind] for kind in OVERFLOWS) + others,
             "TCPReqQFullDrop": hits[SYN_QUEUE_FULL],
             "SyncookiesSent": hits[COOKIE_SENT],
-            "EmbryonicRsts": hits[ACK_WITH_RST],
             "ListenDrops": sum(hits[kind] for kind in REFUSALS) + others,
         }
         kernel = {name: sum(one[name] for one in counted) for name in probes}
         if others:  # the kernel counts the drops of all listeners, we only the overflows
             del probes["TCPReqQFullDrop"], kernel["TCPReqQFullDrop"], probes["ListenDrops"], kernel["ListenDrops"]
-        assert probes == kernel, f"{watcher.name}: {hits}"
+        assert probes == kernel, f"{watcher.name}: {probes} of {kernel}: {hits}"
         for kind, counter in watcher.counters.items():
             assert counter.hits == counter.sent + counter.thinned + counter.lost, f"{watcher.name}: {kind}"
             assert seen[kind] == counter.sent, f"{watcher.name}: {kind}"
