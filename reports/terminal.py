@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stallscope.tracer.analysis.functions import FieldSummary, FunctionSummary
+from stallscope.tracer.analysis.requests import RefusedConnections, RequestSummary
 from stallscope.tracer.analysis.stalls import ITERATIONS
 from stallscope.tracer.analysis.summary import ListenerSummary, StallSummary, Summary
 from stallscope.tracer.units import format_bytes, format_duration_ns
@@ -63,6 +64,8 @@ def _parts(summary: Summary, width: int) -> Iterable[list[_Line]]:
             yield amounts
     if summary.listeners or summary.reconciliation:
         yield _queues(summary)
+    if summary.requests:
+        yield _requests(summary.requests)
     yield _trust(summary)
 
 
@@ -203,8 +206,48 @@ def _queues(summary: Summary) -> list[_Line]:
         known = "" if item.counted is None else f" of {item.counted:,}"
         text = f"observed {item.observed:,}{known} ListenOverflows"
         text += "; the kernel's count at the end is not known" if item.counted is None else " the kernel counted"
+        text += f", {item.unwatched:,} of them at listeners not watched" if item.unwatched else ""
+        text += f"; {item.unexplained:,} unexplained" if item.unexplained else ""
         lines.append(Padding(_faint(text), _INDENT))
     return lines
+
+
+def _requests(requests: RequestSummary) -> list[_Line]:
+    lines: list[_Line] = [_title("Connection requests")]
+    if not requests.listeners:
+        lines.append(Padding(_faint("none"), _INDENT))
+    for listener in requests.listeners:
+        table = _table(_plain(listener.address), "", first_left=True)
+        for event in listener.events:
+            table.add_row(Text(_plain(event.name)), f"{'' if listener.exact else 'at least '}{event.count:,}")
+        lines.append(Padding(table, _INDENT))
+        at_least = "" if requests.complete else "at least "
+        if listener.refused:
+            lines.append(Padding(Text(at_least + _linked(listener.refused)), _INDENT))
+        if listener.wait:
+            wait = listener.wait
+            lengths = (("p50", wait.p50_ns), ("p99", wait.p99_ns), ("longest", wait.max_ns))
+            text = ", ".join(f"{name} {format_duration_ns(length)}" for name, length in lengths)
+            lines.append(Padding(Text(f"wait in the accept queue: {text}"), _INDENT))
+    missing = [
+        f"{number:,} {why}"
+        for number, why in ((requests.thinned, "beyond the rate limit"), (requests.lost, "lost"))
+        if number
+    ]
+    if missing:
+        lines.append(Padding(_faint(f"counted, but not recorded one by one: {', '.join(missing)}"), _INDENT))
+    return lines
+
+
+def _linked(refused: RefusedConnections) -> str:
+    """Return what happened to the connections that were refused, in one sentence."""
+    were = "connection was" if refused.connections == 1 else "connections were"
+    text = f"{refused.connections:,} {were} refused {_count(refused.times, 'time')}"
+    if refused.wait_max_ns:
+        first, last = format_duration_ns(refused.wait_min_ns), format_duration_ns(refused.wait_max_ns)
+        median = format_duration_ns(refused.wait_median_ns)
+        text += f", waited {first}" if first == last else f", waited {first} to {last} (median {median})"
+    return f"{text}; {f'{refused.taken:,}' if refused.taken else 'none'} got in"
 
 
 def _trust(summary: Summary) -> list[_Line]:

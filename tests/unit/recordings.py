@@ -6,7 +6,7 @@ its own. Times are given in milliseconds after the start of the recording.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.probes.catalogue import Field
+from stallscope.tracer.capture.listener import EVENTS, FIELDS
 from stallscope.tracer.layout import NO_STACK, UNFINISHED_NS
 from stallscope.tracer.manifest import (
     ACCEPT,
     CALL,
     COUNTER,
     ITERATION,
+    LISTENER,
     QUEUE,
     Counters,
     ListenerInfo,
@@ -117,6 +119,13 @@ PROBES = (
     ProbeInfo(FREE, "freeClient", CALL, "uprobe", symbol="freeClient", pids=(PID,)),
 )
 
+FIRST_REQUEST_ID = 10
+REQUEST_PROBES = tuple(
+    ProbeInfo(FIRST_REQUEST_ID + index, name, LISTENER, "fentry and kprobe", FIELDS)
+    for index, name in enumerate(EVENTS)
+)
+REQUEST_ID = {probe.name: probe.id for probe in REQUEST_PROBES}
+
 COUNTER_NAMES = ("ListenOverflows", "ListenDrops")
 
 
@@ -151,9 +160,23 @@ def manifest(**changes: object) -> Manifest:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def hooked_manifest(*, other_overflows: int = 0, **changes: object) -> Manifest:
+    """Return the manifest of a recording for which the kernel's functions were hooked."""
+    made = manifest(probes=(*PROBES, *REQUEST_PROBES))
+    return replace(
+        made,
+        rungs={**made.rungs, "overflows": "fentry and kprobe"},
+        namespaces=(replace(made.namespaces[0], other_overflows=other_overflows),),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
 def at(time_ms: float) -> int:
     """Return a time in milliseconds after the start as CLOCK_MONOTONIC ns."""
     return STARTED_NS + round(time_ms * MS)
+
+
+_Row = tuple[int, int, int, int, tuple[int, int, int], int]
 
 
 @dataclass
@@ -162,19 +185,26 @@ class Builder:
 
     manifest: Manifest = field(default_factory=manifest)
     tid: int = PID
-    _rows: list[tuple[int, int, int, int, tuple[int, int, int]]] = field(default_factory=list)
-    _unfinished: list[tuple[int, int, int, int, tuple[int, int, int]]] = field(default_factory=list)
+    _rows: list[_Row] = field(default_factory=list)
+    _unfinished: list[_Row] = field(default_factory=list)
 
     def span(
-        self, probe: int, start_ms: float, duration_ms: float | None, *value: int, tid: int | None = None
+        self,
+        probe: int,
+        start_ms: float,
+        duration_ms: float | None,
+        *value: int,
+        tid: int | None = None,
+        stack: int = NO_STACK,
     ) -> Builder:
         """Add a span; without a duration it had not ended."""
         values = (*value, 0, 0, 0)[:3]
+        thread = self.tid if tid is None else tid
         if duration_ms is None:
-            self._unfinished.append((at(start_ms), UNFINISHED_NS, probe, tid or self.tid, values))
+            self._unfinished.append((at(start_ms), UNFINISHED_NS, probe, thread, values, stack))
         else:
             duration_ns = round(duration_ms * MS)
-            self._rows.append((at(start_ms), duration_ns, probe, tid or self.tid, values))
+            self._rows.append((at(start_ms), duration_ns, probe, thread, values, stack))
         return self
 
     def resize(self, start_ms: float, duration_ms: float | None, *, idle_s: int, allocated: int, free: int) -> Builder:
@@ -196,13 +226,33 @@ class Builder:
         """Add a sample of a kernel counter."""
         return self.span(COUNTER_ID, time_ms, 0, counter, count, namespace)
 
+    def request(
+        self,
+        time_ms: float,
+        event: str,
+        port: int,
+        *,
+        queue_length: int = 0,
+        wait_ms: float = 0,
+        listener: int = 0,
+        peer: tuple[int, int] = (0, 0xFFFF_7F00_0001),
+    ) -> Builder:
+        """Add an event of a listener, by 127.0.0.1 unless ``peer`` says otherwise; the SYN queue holds 3."""
+        queue = queue_length | LIMIT << 24 | port << 48
+        return self.span(REQUEST_ID[event], time_ms, wait_ms, queue, *peer, tid=listener, stack=3)
+
+    def enters(self, time_ms: float, port: int, wait_ms: float) -> Builder:
+        """Add a connection that reaches the accept queue and is accepted."""
+        self.request(time_ms, "connection enqueued", port, queue_length=1)
+        return self.request(time_ms, "connection accepted", port, wait_ms=wait_ms)
+
     def events(self) -> npt.NDArray[np.void]:
         """Return all rows as records."""
         rows = sorted(self._rows, key=lambda row: row[0] + row[1]) + self._unfinished
         events = empty_events(len(rows))
-        for event, (start, duration, probe, tid, values) in zip(events, rows, strict=True):
+        for event, (start, duration, probe, tid, values, stack) in zip(events, rows, strict=True):
             event["start_ns"], event["duration_ns"], event["probe"] = start, duration, probe
-            event["pid"], event["tid"], event["value"], event["stack"] = PID, tid, values, NO_STACK
+            event["pid"], event["tid"], event["value"], event["stack"] = PID, tid, values, stack
         return events
 
     def write(
@@ -222,7 +272,7 @@ class Builder:
             complete: with a footer; otherwise it looks as after kill -9.
         """
         events = self.events()
-        counted = {**hits_of(events), **(counters or {})}
+        counted = {**hits_of(events, (*PROBES, *self.manifest.probes)), **(counters or {})}
         snapshot = Counters(at(end_ms), counted)
         names = self.manifest.namespaces[0]
         ends = {"ListenOverflows": overflows_end or 900, "ListenDrops": (overflows_end or 900) + 50}
@@ -245,9 +295,9 @@ class Builder:
         return path
 
 
-def hits_of(events: npt.NDArray[np.void]) -> dict[int, ProbeCounters]:
+def hits_of(events: npt.NDArray[np.void], probes: Iterable[ProbeInfo]) -> dict[int, ProbeCounters]:
     """Return the counters that fit these records: nothing short, nothing lost."""
-    ids = {probe.id for probe in PROBES if probe.id not in (QUEUE_ID, COUNTER_ID)}
+    ids = {probe.id for probe in probes if probe.id not in (QUEUE_ID, COUNTER_ID)}
     counts = {probe: int(np.count_nonzero(events["probe"] == probe)) for probe in ids}
     return {probe: ProbeCounters(hits=count, sent=count) for probe, count in counts.items()}
 
@@ -343,12 +393,39 @@ def two_stalls(path: Path) -> Path:
     return builder.write(path, 4000, overflows_end=993)
 
 
+def refused(path: Path) -> Path:
+    """Write the storm as the hooked kernel functions see it.
+
+    The truth: 20 clients (ports 40000 to 40019) are refused at the SYN twice inside the stall, 14 ms apart, and
+    40000 once more in the drain. 40020's third ACK is refused inside the stall and in the drain. 40001, 40002 and
+    40020 get in afterwards and wait 4, 6 and 1 ms for accept(). Five more get in at the first attempt
+    and wait 615 ms for the end of the stall. Five overflows are of a listener that is not watched.
+    """
+    builder = add_storm(Builder(hooked_manifest(other_overflows=5)), 1000)
+    for index in range(5):
+        builder.request(1005 + index, "SYN taken", 50000 + index).enters(1006 + index, 50000 + index, 615)
+    builder.request(1450, "SYN taken", 40020, queue_length=500)
+    for index in range(20):
+        for first_ms in (1501, 1515):
+            time_ms = first_ms + index / 10
+            builder.request(time_ms, "SYN refused: accept queue full", 40000 + index, queue_length=512)
+    for time_ms in (1518, 1626):
+        builder.request(time_ms, "third ACK refused silently: accept queue full", 40020, queue_length=512)
+    builder.request(1625, "SYN refused: accept queue full", 40000, queue_length=512)
+    for port, wait_ms in ((40001, 4), (40002, 6)):
+        builder.request(1630, "SYN taken", port).enters(1631, port, wait_ms)
+    builder.enters(1640, 40020, 1)
+    builder.counter(3000, 948)
+    return builder.write(path, 4000, overflows_end=948)
+
+
 GOLDEN: dict[str, Callable[[Path], Path]] = {
     "known-call": known_call,
     "cut-short": cut_short,
     "with-losses": with_losses,
     "empty": empty,
     "two-stalls": two_stalls,
+    "refused": refused,
 }
 
 

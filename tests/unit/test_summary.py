@@ -289,7 +289,7 @@ def test_a_summary_is_json(name: str) -> None:
 
 def test_damaged_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     builder = Builder().span(CRON, 100, 5).span(99, 100, 5)
-    builder._rows += [(2**63, 5, CRON, PID, (0, 0, 0)), (at(1), 2**63, CRON, PID, (0, 0, 0))]
+    builder._rows += [(2**63, 5, CRON, PID, (0, 0, 0), 0), (at(1), 2**63, CRON, PID, (0, 0, 0), 0)]
     path = tmp_path / "a.stall"
     summary = summarise(read_recording(builder.write(path, 500)))
     assert function(summary, "serverCron").recorded == 1

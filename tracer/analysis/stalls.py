@@ -14,6 +14,7 @@ import pandas as pd
 
 from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.overflows import attribute_overflows, listener_step
+from stallscope.tracer.analysis.requests import overflow_events
 from stallscope.tracer.analysis.tables import NS_PER_S, Ints, Tables
 from stallscope.tracer.manifest import ITERATION, ListenerInfo
 
@@ -58,11 +59,13 @@ class Stalls:
             accepted_drain    int64         connections accepted while the queue drained, -1: not observed
             overflows         int64         refused in the stall
             overflows_drain   int64         refused while the queue drained
+            connections       int64         different connections that were refused in either, -1: not known
             ================= ======= ===== ============================================================
 
             A queue is normal at or below a tenth of its limit or, if that is more, at or below the length
             it had when the stall began, unless it was then already more than half full.
-        overflows: the rows of :func:`overflows.attribute_overflows` with ``stall`` (int64, row of
+        overflows: every overflow, by :func:`requests.overflow_events`, or else the rows of
+            :func:`overflows.attribute_overflows` (``connection`` is -1), with ``stall`` (int64, row of
             ``frame``, -1: none) and ``phase`` (``inside``, ``drain``, ``outside``). Overflows seen in
             an interval that touches a stall are inside it. What is not attributable is compared with
             the stalls of every process and counted in none of them.
@@ -83,10 +86,14 @@ def find_stalls(tables: Tables, nested: Nested) -> Stalls:
     frame = _with_calls(frame, nested)
     functions = time_by_function(frame, nested)
     frame = _with_queue(frame, tables)
-    overflows = _with_phase(attribute_overflows(tables), frame)
+    exact = overflow_events(tables)
+    overflows = _with_phase(attribute_overflows(tables).assign(connection=-1) if exact is None else exact, frame)
     for column, phase in (("overflows", INSIDE), ("overflows_drain", DRAIN)):
         rows = overflows.loc[(overflows["phase"] == phase) & (overflows["listener"] >= 0)]
         frame[column] = _sum_by(rows["stall"].to_numpy(), rows["count"].to_numpy(), len(frame))
+    frame["connections"] = NOT_KNOWN
+    if exact is not None:
+        frame["connections"] = overflows.groupby("stall")["connection"].nunique().reindex(frame.index, fill_value=0)
     return Stalls(basis, _with_accepts(frame, tables), overflows, functions)
 
 

@@ -13,6 +13,13 @@ import pandas as pd
 from stallscope.tracer.analysis.functions import FunctionSummary, summarise_functions
 from stallscope.tracer.analysis.nesting import Nested, nest
 from stallscope.tracer.analysis.overflows import LISTEN_OVERFLOWS, NOT_ATTRIBUTABLE, increases, listener_step
+from stallscope.tracer.analysis.requests import (
+    QUEUE_FULL,
+    RequestSummary,
+    event_hits,
+    requests_observed,
+    summarise_requests,
+)
 from stallscope.tracer.analysis.stalls import (
     DRAIN,
     INSIDE,
@@ -69,6 +76,8 @@ class StallSummary:
         start_ns: since the recording's start; wall_ns: since 1970.
         listener: address of the fullest listener, "" if none is known.
         queue_start, queue_max, queue_limit, accepted, accepted_drain: None where not observed.
+        connections_refused: how many different connections the overflows refused, None where only
+            the refusals could be counted.
         functions: time by function, most self time first; unexplained_ns: the rest of ``duration_ns``.
         blamed: the function with the most self time, with its callers from the root down; empty when
             less than half of the stall is explained.
@@ -90,6 +99,7 @@ class StallSummary:
     accepted_drain: int | None
     overflows: int
     overflows_drain: int
+    connections_refused: int | None
     unexplained_ns: int
     blamed: tuple[str, ...]
     functions: tuple[FunctionTime, ...]
@@ -133,8 +143,10 @@ class Reconciliation:
     """Overflows seen while recording, against the kernel's own counter at start and end, of one namespace.
 
     Attributes:
-        observed: seen in samples; counted: the kernel's difference, None when the end is not known.
+        observed: seen, in samples or one by one; counted: the kernel's difference, None when the end is not known.
         not_attributable: observed, but at no listener that was watched.
+        one_by_one: the kernel's functions were hooked; then ``unwatched`` of the observed were of listeners that
+            were not watched, and ``unexplained`` is what was counted and not observed, None when not known.
     """
 
     namespace: int
@@ -142,6 +154,9 @@ class Reconciliation:
     counted: int | None
     not_attributable: OverflowCount
     other_counters: dict[str, int]
+    one_by_one: bool = False
+    unwatched: int = 0
+    unexplained: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +195,8 @@ class Summary:
         stall_basis: what stands for stalls; stall_count, stall_total_ns: of all of them.
         stalls: the worst, at most ``KEPT_STALLS``, by time.
         overflows: all that were observed; refused, ``overflows.total``.
+        connections_refused: by them; None where only the refusals could be counted.
+        requests: None where the kernel's functions were not hooked.
         loop: None when the event loop was not observed.
         warnings: what makes numbers incomplete; notes: what happened, time since the start.
         cost: what tracing cost, as the recorder measured it.
@@ -202,6 +219,8 @@ class Summary:
     stall_total_ns: int
     stalls: tuple[StallSummary, ...]
     overflows: OverflowCount
+    connections_refused: int | None
+    requests: RequestSummary | None
     listeners: tuple[ListenerSummary, ...]
     reconciliation: tuple[Reconciliation, ...]
     loop: LoopSummary | None
@@ -252,6 +271,8 @@ def summarise(recording: Recording) -> Summary:
         stall_total_ns=int(stalls.frame["duration_ns"].sum()),
         stalls=_stalls(tables, nested, stalls, names),
         overflows=_phases(stalls.overflows),
+        connections_refused=_connections(stalls.overflows),
+        requests=summarise_requests(tables),
         listeners=_listeners(tables, stalls),
         reconciliation=tuple(_reconcile(tables, stalls, namespace) for namespace in manifest.namespaces),
         loop=loop,
@@ -301,6 +322,7 @@ def _stalls(tables: Tables, nested: Nested, stalls: Stalls, names: dict[int, str
                 accepted_drain=_known(row["accepted_drain"]),
                 overflows=int(row["overflows"]),
                 overflows_drain=int(row["overflows_drain"]),
+                connections_refused=_known(row["connections"]),
                 unexplained_ns=unexplained_ns,
                 blamed=blamed,
                 functions=tuple(
@@ -375,13 +397,38 @@ def _reconcile(tables: Tables, stalls: Stalls, namespace: NamespaceInfo) -> Reco
         if name != LISTEN_OVERFLOWS:
             grown = increases(tables, name)
             others[name] = int(grown.loc[grown["namespace"] == namespace.index, "count"].sum())
-    return Reconciliation(
+    sampled = Reconciliation(
         namespace=namespace.index,
         observed=int(mine["count"].sum()),
         counted=None if ended is None or started is None else ended - started,
         not_attributable=_phases(mine.loc[mine["listener"] == NOT_ATTRIBUTABLE]),
         other_counters=others,
     )
+    if not requests_observed(tables.manifest):
+        return sampled
+    observed = _seen_one_by_one(tables, namespace) + namespace.other_overflows
+    return dataclasses.replace(
+        sampled,
+        observed=observed,
+        one_by_one=True,
+        unwatched=namespace.other_overflows,
+        unexplained=None if sampled.counted is None else sampled.counted - observed,
+    )
+
+
+def _seen_one_by_one(tables: Tables, namespace: NamespaceInfo) -> int:
+    """Return the overflows of watched listeners; of several namespaces, only those that are rows."""
+    if len(tables.manifest.namespaces) == 1:
+        hits = event_hits(tables)
+        return sum(hits.get(name, 0) for name in QUEUE_FULL)
+    mine = [item.index for item in tables.manifest.listeners if item.namespace == namespace.index]
+    rows = tables.requests
+    return int((rows["event"].isin(QUEUE_FULL) & rows["listener"].isin(mine)).sum())
+
+
+def _connections(overflows: pd.DataFrame) -> int | None:
+    known = overflows["connection"].to_numpy()
+    return int(np.unique(known).size) if (known >= 0).all() and len(known) else None
 
 
 def _phases(overflows: pd.DataFrame) -> OverflowCount:

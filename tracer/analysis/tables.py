@@ -40,6 +40,22 @@ counters: one row per stored sample of a kernel counter; sorted by ``namespace``
     namespace     int64         index in the recording's namespace list
     counter       int64         index in the recording's ``counter_names``
     count         int64         absolute value
+
+requests: one row per kept event of a listener in the kernel; sorted by ``listener``, ``time_ns``. The columns
+    that begin with ``peer`` together tell one client's connections from each other.
+    ================ ======== ===== ===================================================================
+    time_ns          int64    ns    when it happened; of ``connection accepted``, when it was enqueued
+    event            category       the event's name, from the recording's probe list
+    listener         int64          index in the recording's listener list
+    pid              uint32         the listener's process
+    queue_length     int64          connections in the accept queue, with this one if it was enqueued
+    queue_limit      int64          the queue is full above this length
+    syn_queue_length int64          connections in the SYN queue
+    peer_high        uint64         upper half of the client's IPv6 address
+    peer_low         uint64         lower half; IPv4 addresses are mapped (``::ffff:192.0.2.1``)
+    peer_port        int64          the client's port
+    wait_ns          int64    ns    ``connection accepted``: from the enqueue to accept(); others 0
+    ================ ======== ===== ===================================================================
 """
 
 from __future__ import annotations
@@ -55,7 +71,17 @@ import pandas as pd
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.errors import RecordingError
 from stallscope.tracer.layout import MAX_SPAN_NS, mark_unfinished
-from stallscope.tracer.manifest import ACCEPT, CALL, COUNTER, ITERATION, KINDS, QUEUE, Manifest, ProbeInfo
+from stallscope.tracer.manifest import (
+    ACCEPT,
+    CALL,
+    COUNTER,
+    ITERATION,
+    KINDS,
+    LISTENER,
+    QUEUE,
+    Manifest,
+    ProbeInfo,
+)
 from stallscope.tracer.recording import Recording
 
 Ints = npt.NDArray[np.int64]
@@ -81,6 +107,7 @@ class Tables:
     accepts: pd.DataFrame
     queues: pd.DataFrame
     counters: pd.DataFrame
+    requests: pd.DataFrame
     end_ns: int
     damaged_rows: int
     unknown_rows: int
@@ -163,6 +190,7 @@ def build_tables(recording: Recording) -> Tables:
         accepts=spans.with_fields(ACCEPT, "listener_fd", "fd").drop(columns="unfinished"),
         queues=spans.samples(QUEUE, ("listener", "queue_length", "queue_limit", "drops"), ("listener",)),
         counters=spans.samples(COUNTER, ("namespace", "counter", "count"), ("namespace", "counter")),
+        requests=spans.requests(),
         end_ns=end_ns,
         damaged_rows=damaged_rows,
         unknown_rows=unknown_rows,
@@ -244,6 +272,36 @@ class _Spans:
         for name in names:
             frame[name] = self._field(kind, rows, probe, name)
         return frame.sort_values([*keys, "time_ns"], kind="stable", ignore_index=True)
+
+    def requests(self) -> pd.DataFrame:
+        """Return the listener events, sorted by listener and time."""
+        rows = np.flatnonzero(self._kinds == KINDS.index(LISTENER))
+        probe = _column(self._recording, "probe")[rows]
+        known = [item for item in self._recording.manifest.probes if item.kind == LISTENER]
+        names = list(dict.fromkeys(item.name for item in known))
+        codes = np.zeros(len(rows), np.int64)
+        for item in known:
+            codes[probe == item.id] = names.index(item.name)
+        fields = {
+            name: self._field(LISTENER, rows, probe, name)
+            for name in ("queue_length", "queue_limit", "peer_high", "peer_low", "peer_port")
+        }
+        frame = pd.DataFrame(
+            {
+                "time_ns": self._start[rows].astype(np.int64),
+                "event": pd.Categorical.from_codes(codes, categories=pd.Index(names, dtype=object)),
+                "listener": _column(self._recording, "tid")[rows].astype(np.int64),
+                "pid": _column(self._recording, "pid")[rows],
+                "queue_length": fields["queue_length"],
+                "queue_limit": fields["queue_limit"],
+                "syn_queue_length": _column(self._recording, "stack")[rows].astype(np.int64),
+                "peer_high": fields["peer_high"].view(np.uint64),
+                "peer_low": fields["peer_low"].view(np.uint64),
+                "peer_port": fields["peer_port"],
+                "wait_ns": np.where(self._unfinished[rows], 0, self._duration[rows]).astype(np.int64),
+            }
+        )
+        return frame.sort_values(["listener", "time_ns"], kind="stable", ignore_index=True)
 
     def _field(self, kind: str, rows: Ints, probe_ids: npt.NDArray[Any], name: str) -> Ints:
         """Return one field of rows of one kind, int64; 0 where the probe does not declare it."""

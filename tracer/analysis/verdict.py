@@ -6,7 +6,7 @@ from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.stalls import ITERATIONS
 from stallscope.tracer.analysis.summary import StallSummary, Summary
 from stallscope.tracer.analysis.tables import Tables
-from stallscope.tracer.manifest import CALL
+from stallscope.tracer.manifest import CALL, LISTENER
 from stallscope.tracer.units import format_duration_ns
 
 
@@ -29,8 +29,11 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
         lines.append("the recording was cut short: calls and event loop iterations that had not ended are not in it")
     if summary.stall_basis != ITERATIONS:
         lines.append("the event loop was not observed: calls of the main thread stand for stalls")
+    listener_events = {probe.name for probe in tables.manifest.probes if probe.kind == LISTENER}
     for loss in summary.losses:
-        if loss.lost:
+        if loss.lost and loss.name in listener_events:
+            lines.append(f"{loss.name}: {loss.lost:,} were counted and not recorded, the ring buffer was full")
+        elif loss.lost:
             lines.append(f"{loss.name}: {loss.lost:,} calls were seen and could not be kept; record fewer functions")
     for function in summary.functions:
         if function.unpaired and not function.lost:
@@ -42,7 +45,12 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
         why = "not called, or inlined or bypassed: stallscope probes tells"
         lines.append(f"attached, but never fired: {silent}; {why}")
     for item in summary.reconciliation:
-        if item.counted is not None and item.observed != item.counted:
+        if item.one_by_one and item.unexplained:
+            lines.append(
+                f"the kernel counted {item.counted:,} overflows and {item.observed:,} were seen one by one: "
+                f"{item.unexplained:,} unexplained"
+            )
+        elif item.counted is not None and item.observed != item.counted:
             lines.append(
                 f"observed {item.observed:,} of {item.counted:,} overflows the kernel counted; the rest has no time"
             )
@@ -61,19 +69,20 @@ def _of_stalls(summary: Summary) -> str:
     which = f"Redis ({worst.listener or f'process {worst.pid}'})" if len(summary.targets) > 1 else "Redis"
     text = f"{which} was blocked for {at_least}{length}{_by(worst)}"
     if refused:
-        text += f"; meanwhile {_refused(refused)}"
+        text += f"; meanwhile {_refused(refused, worst.connections_refused)}"
     elif worst.queue_max is None:
         text += "; the accept queue was not observed"
     else:
         text += f"; no connection was refused (accept queue at most {worst.queue_max:,} of {worst.queue_limit:,})"
     text += "."
+    elsewhere = _refused if worst.connections_refused is None else _refusals
     others = sum(listener.overflows.total for listener in summary.listeners) - refused
     if summary.stall_count > 1:
         together = format_duration_ns(summary.stall_total_ns)
         text += f" It is the worst of {summary.stall_count:,} stalls, {together} together"
-        text += f"; {_refused(others)} at other times." if others > 0 else "."
+        text += f"; {elsewhere(others)} at other times." if others > 0 else "."
     elif others > 0:
-        text += f" At other times {_refused(others)}."
+        text += f" At other times {elsewhere(others)}."
     return text
 
 
@@ -89,7 +98,7 @@ def _by(stall: StallSummary) -> str:
 
 
 def _of_overflows(summary: Summary) -> str:
-    text = f"{_refused(summary.overflows.total).capitalize()}, but no stall was recorded"
+    text = f"{_refused(summary.overflows.total, summary.connections_refused).capitalize()}, but no stall was recorded"
     fullest = max(summary.listeners, key=lambda item: item.queue_max or 0, default=None)
     if fullest is not None and fullest.queue_max is not None:
         text += f" (accept queue of {fullest.address} at most {fullest.queue_max:,} of {fullest.queue_limit:,})"
@@ -130,8 +139,15 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def _refused(count: int) -> str:
-    return "one connection was refused" if count == 1 else f"{count:,} connections were refused"
+def _refused(times: int, connections: int | None = None) -> str:
+    """Return how many connections were refused; where that is not known, every refusal counts as one."""
+    count = times if connections is None else connections
+    text = "one connection was refused" if count == 1 else f"{count:,} connections were refused"
+    return text if count == times else f"{text} {times:,} times"
+
+
+def _refusals(times: int) -> str:
+    return "there was one refusal" if times == 1 else f"there were {times:,} refusals"
 
 
 def _rows_missing(summary: Summary, tables: Tables) -> list[str]:
