@@ -47,8 +47,8 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
     for item in summary.reconciliation:
         if item.one_by_one and item.unexplained:
             lines.append(
-                f"the kernel counted {item.counted:,} overflows and {item.observed:,} were seen one by one: "
-                f"{item.unexplained:,} unexplained"
+                f"overflows the kernel counted: {item.counted:,}; seen one by one: {item.observed:,}; "
+                f"unexplained: {item.unexplained:,}"
             )
         elif item.counted is not None and item.observed != item.counted:
             lines.append(
@@ -130,6 +130,9 @@ def _limits(summary: Summary) -> str:
     lost = sum(loss.lost for loss in summary.losses)
     if lost:
         text += f" {lost:,} events were lost, so this is not the whole picture."
+    unseen = sum(max(item.unexplained or 0, 0) for item in summary.reconciliation)
+    if unseen:
+        text += f" The kernel counted {unseen:,} more {'refusal' if unseen == 1 else 'refusals'} that were not seen."
     if not summary.complete:
         text += " The recording was cut short, a stall in progress is not in it."
     return text
