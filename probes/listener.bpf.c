@@ -4,25 +4,24 @@
  *
  * A connection is refused in two places (Linux net/ipv4/tcp_input.c, tcp_ipv4.c, tcp_ipv6.c):
  * at the SYN in tcp_conn_request, and at the third ACK in tcp_v4/v6_syn_recv_sock, which is reached from
- * tcp_check_req or, for a SYN cookie, from cookie_v4/v6_check. Neither tells its caller why, but each adds to
+ * tcp_check_req or, for a SYN cookie, from cookie_v4/v6_check. None tells its caller why, but each adds to
  * this CPU's share of its namespace's counters: what a counter gained between entry and return is the
  * kernel's own verdict, whatever the queues looked like when the function was entered. Nothing else on this
- * CPU can add to them meanwhile, because both run with softirqs off.
+ * CPU can add to them meanwhile, because all run with softirqs off.
+ * tcp_v4/v6_syn_recv_sock themselves are left alone: from 6.1.192 on they have more arguments than fentry can
+ * pass on 6.1, and a kprobe does not run while this CPU is in a bpf(2) call that reads a map.
  *
  * The build passes the offsets of all members as SOCK_... etc. and the numbers of the counters (from BTF),
  * the address of the kernel's PER_CPU_OFFSETS, PROBE_LISTENER, and LISTENER_EVENTS_PER_WINDOW. One body
  * serves kprobe and fentry: see the list at the end.
  */
 
-#define WINDOW_NS 100000000ULL
-#define ETH_P_IP  0x0800
-#define AF_INET	  2
-#define AT_SYN	  0
-#define AT_ACK	  1
-
-#define IN_COOKIE_CHECK 0
-#define IN_HASHDANCE	1
-#define IPV4_MAPPED	0x0000ffff00000000ULL
+#define WINDOW_NS   100000000ULL
+#define ETH_P_IP    0x0800
+#define AF_INET	    2
+#define AT_SYN	    0
+#define AT_ACK	    1
+#define IPV4_MAPPED 0x0000ffff00000000ULL
 
 struct bucket {
 	u64 window_start_ns;
@@ -31,12 +30,14 @@ struct bucket {
 
 /* The function that is running on this CPU, and what the counters were when it was entered. */
 struct decision {
-	u64 net;
+	u64 sk;
+	u64 skb;
 	u64 counters; /* address of this CPU's share */
 	u64 overflows;
+	u64 drops;
 	u64 syn_queue_drops;
 	u64 cookies;
-	u64 drops;
+	u64 resets;
 	struct event event;
 	bool watched;
 	bool active;
@@ -46,7 +47,7 @@ BPF_HASH(listeners, u64, struct watched_listener, MAX_LISTENERS);
 BPF_TABLE("lru_hash", u64, struct waiting_connection, waiting_connections, MAX_WAITING);
 BPF_PERCPU_ARRAY(buckets, struct bucket, LISTENER_EVENTS);
 BPF_PERCPU_ARRAY(decisions, struct decision, 2);     /* AT_SYN, AT_ACK */
-BPF_PERCPU_ARRAY(in_function, bool, 2);		     /* IN_COOKIE_CHECK, IN_HASHDANCE: is this CPU in it? */
+BPF_PERCPU_ARRAY(in_hashdance, bool, 1);	     /* is this CPU in inet_csk_complete_hashdance? */
 BPF_HASH(other_overflows, u32, u64, MAX_NAMESPACES); /* of listeners not watched, by network namespace */
 
 #define READ(type, address)                                            \
@@ -136,35 +137,33 @@ static __always_inline u64 counted(struct decision *decision, u32 counter)
 	return READ(u64, decision->counters + LINUX_MIB_MIBS + counter * sizeof(u64));
 }
 
-static __always_inline int request_arrives(u32 at, u64 sk, u64 skb)
+static __always_inline struct decision *request_arrives(u32 at, u64 sk, u64 skb)
 {
 	struct decision *decision = decisions.lookup(&at);
 	struct watched_listener *listener = watched(sk);
 
 	if (!decision)
 		return 0;
-	decision->net = READ(u64, sk + SOCK_COMMON_SKC_NET);
-	decision->counters = READ(u64, decision->net + NET_MIB_NET_STATISTICS) +
+	decision->sk = sk;
+	decision->skb = skb;
+	decision->counters = READ(u64, READ(u64, sk + SOCK_COMMON_SKC_NET) + NET_MIB_NET_STATISTICS) +
 			     READ(u64, PER_CPU_OFFSETS + bpf_get_smp_processor_id() * sizeof(u64));
 	decision->overflows = counted(decision, LINUX_MIB_LISTENOVERFLOWS);
 	decision->watched = listener;
 	decision->active = true;
 	if (!listener)
 		return 0;
-	decision->syn_queue_drops = counted(decision, LINUX_MIB_TCPREQQFULLDROP);
-	decision->cookies = counted(decision, LINUX_MIB_SYNCOOKIESSENT);
 	decision->drops = counted(decision, LINUX_MIB_LISTENDROPS);
 	__builtin_memset(&decision->event, 0, sizeof(decision->event));
 	decision->event.start_ns = bpf_ktime_get_ns();
 	decision->event.pid = listener->pid;
 	decision->event.tid = listener->index;
-	describe_packet(&decision->event, sk, skb);
-	return 0;
+	return decision;
 }
 
-static __always_inline void count_other_overflow(u64 net)
+static __always_inline void count_other_overflow(u64 sk)
 {
-	u32 namespace = READ(u32, net + NET_NS_INUM);
+	u32 namespace = READ(u32, READ(u64, sk + SOCK_COMMON_SKC_NET) + NET_NS_INUM);
 	u64 one = 1;
 	u64 *count = other_overflows.lookup(&namespace);
 
@@ -185,7 +184,19 @@ static __always_inline struct decision *decided(u32 at)
 	if (decision->watched)
 		return decision;
 	if (counted(decision, LINUX_MIB_LISTENOVERFLOWS) != decision->overflows)
-		count_other_overflow(decision->net);
+		count_other_overflow(decision->sk);
+	return 0;
+}
+
+static __always_inline int syn_arrives(u64 sk, u64 skb)
+{
+	struct decision *decision = request_arrives(AT_SYN, sk, skb);
+
+	if (!decision)
+		return 0;
+	decision->syn_queue_drops = counted(decision, LINUX_MIB_TCPREQQFULLDROP);
+	decision->cookies = counted(decision, LINUX_MIB_SYNCOOKIESSENT);
+	describe_packet(&decision->event, sk, skb);
 	return 0;
 }
 
@@ -208,47 +219,43 @@ static __always_inline int syn_is_decided(void)
 	return 0;
 }
 
-static __always_inline int ack_arrives(u64 sk, u64 skb, bool ipv6)
+static __always_inline int ack_arrives(u64 sk, u64 skb)
 {
-	/* tcp_v6_syn_recv_sock hands an IPv4 packet on to tcp_v4_syn_recv_sock, which is seen there */
-	if (ipv6 && is_ipv4(skb))
-		return 0;
-	return request_arrives(AT_ACK, sk, skb);
-}
+	struct decision *decision = request_arrives(AT_ACK, sk, skb);
 
-static __always_inline int set_in(u32 function, bool in)
-{
-	bool *place = in_function.lookup(&function);
-
-	if (place)
-		*place = in;
+	if (decision)
+		decision->resets = counted(decision, LINUX_MIB_EMBRYONICRSTS);
 	return 0;
 }
 
-static __always_inline bool is_in(u32 function)
-{
-	bool *place = in_function.lookup(&function);
-
-	return place && *place;
-}
-
-static __always_inline int ack_is_decided(u64 child)
+/* tcp_check_req answers a refusal with RST or not at all, by sysctl; cookie_v4/v6_check never answer */
+static __always_inline int ack_is_decided(bool cookie)
 {
 	struct decision *decision = decided(AT_ACK);
 	u32 kind = ACK_REFUSED_OTHERWISE;
 
-	if (!decision || child)
+	if (!decision || counted(decision, LINUX_MIB_LISTENDROPS) == decision->drops)
 		return 0;
 	if (counted(decision, LINUX_MIB_LISTENOVERFLOWS) != decision->overflows) {
-		/* tcp_check_req answers with RST or not at all; cookie_v4/v6_check never answers */
-		if (is_in(IN_COOKIE_CHECK))
+		if (cookie)
 			kind = COOKIE_ACK_REFUSED;
-		else if (READ(u8, decision->net + NET_IPV4_SYSCTL_TCP_ABORT_ON_OVERFLOW))
+		else if (counted(decision, LINUX_MIB_EMBRYONICRSTS) != decision->resets)
 			kind = ACK_REFUSED_WITH_RST;
 		else
 			kind = ACK_REFUSED_SILENTLY;
 	}
+	describe_packet(&decision->event, decision->sk, decision->skb);
 	send_bounded(&decision->event, kind);
+	return 0;
+}
+
+static __always_inline int set_in_hashdance(bool in)
+{
+	u32 zero = 0;
+	bool *place = in_hashdance.lookup(&zero);
+
+	if (place)
+		*place = in;
 	return 0;
 }
 
@@ -283,13 +290,16 @@ static __always_inline int connection_waits(u64 sk, u64 child)
  */
 static __always_inline int hashdance_begins(u64 sk, u64 child, bool own_request)
 {
-	set_in(IN_HASHDANCE, true);
+	set_in_hashdance(true);
 	return own_request ? connection_waits(sk, child) : 0;
 }
 
 static __always_inline int connection_is_added(u64 sk, u64 child)
 {
-	return is_in(IN_HASHDANCE) ? 0 : connection_waits(sk, child);
+	u32 zero = 0;
+	bool *place = in_hashdance.lookup(&zero);
+
+	return place && *place ? 0 : connection_waits(sk, child);
 }
 
 static __always_inline int connection_is_accepted(u64 child)
@@ -334,17 +344,15 @@ static __always_inline int connection_is_accepted(u64 child)
 #define ARGUMENT(number) (fentry ? ((u64 *)ctx)[number - 1] : PT_REGS_PARM##number(((struct pt_regs *)ctx)))
 #define RESULT(function) (fentry ? ((u64 *)ctx)[ARGUMENTS_##function] : PT_REGS_RC(((struct pt_regs *)ctx)))
 
-ON_ENTRY(tcp_conn_request, request_arrives(AT_SYN, ARGUMENT(3), ARGUMENT(4)))
+ON_ENTRY(tcp_conn_request, syn_arrives(ARGUMENT(3), ARGUMENT(4)))
 ON_RETURN(tcp_conn_request, syn_is_decided())
-ON_ENTRY(tcp_v4_syn_recv_sock, ack_arrives(ARGUMENT(1), ARGUMENT(2), false))
-ON_RETURN(tcp_v4_syn_recv_sock, ack_is_decided(RESULT(tcp_v4_syn_recv_sock)))
-ON_ENTRY(tcp_v6_syn_recv_sock, ack_arrives(ARGUMENT(1), ARGUMENT(2), true))
-ON_RETURN(tcp_v6_syn_recv_sock, ack_is_decided(RESULT(tcp_v6_syn_recv_sock)))
-ON_ENTRY(cookie_v4_check, set_in(IN_COOKIE_CHECK, true))
-ON_RETURN(cookie_v4_check, set_in(IN_COOKIE_CHECK, false))
-ON_ENTRY(cookie_v6_check, set_in(IN_COOKIE_CHECK, true))
-ON_RETURN(cookie_v6_check, set_in(IN_COOKIE_CHECK, false))
+ON_ENTRY(tcp_check_req, ack_arrives(ARGUMENT(1), ARGUMENT(2)))
+ON_RETURN(tcp_check_req, ack_is_decided(false))
+ON_ENTRY(cookie_v4_check, ack_arrives(ARGUMENT(1), ARGUMENT(2)))
+ON_RETURN(cookie_v4_check, ack_is_decided(true))
+ON_ENTRY(cookie_v6_check, ack_arrives(ARGUMENT(1), ARGUMENT(2)))
+ON_RETURN(cookie_v6_check, ack_is_decided(true))
 ON_ENTRY(inet_csk_complete_hashdance, hashdance_begins(ARGUMENT(1), ARGUMENT(2), (u8)ARGUMENT(4)))
-ON_RETURN(inet_csk_complete_hashdance, set_in(IN_HASHDANCE, false))
+ON_RETURN(inet_csk_complete_hashdance, set_in_hashdance(false))
 ON_ENTRY(inet_csk_reqsk_queue_add, connection_is_added(ARGUMENT(1), ARGUMENT(3)))
 ON_RETURN(inet_csk_accept, connection_is_accepted(RESULT(inet_csk_accept)))

