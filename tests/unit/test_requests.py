@@ -272,6 +272,13 @@ def test_a_taken_syn_is_no_connection_where_the_accept_queue_was_seen(tmp_path: 
     assert linked(builder, tmp_path) == [(40000, 1, False, 0)]
 
 
+def test_hooks_at_the_accept_queue_that_never_fired_are_owned_up_to(tmp_path: Path) -> None:
+    builder = hooked().request(10, TAKEN, 40000).accepts(20, 1)
+    assert [item for item in summary_of(builder, tmp_path).warnings if "hooks at the accept queue saw none" in item]
+    builder.enters(15, 40000, 5)
+    assert not [item for item in summary_of(builder, tmp_path).warnings if "hooks at the accept queue" in item]
+
+
 def test_the_block_in_the_terminal() -> None:
     part = text_of(golden()).split("\nConnection requests\n", 1)[1].split("\n\n", 1)[0]
     assert part.splitlines() == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stallscope.tracer.analysis.nesting import Nested
+from stallscope.tracer.analysis.requests import ACCEPTED, ENQUEUED, SYN_TAKEN, event_hits
 from stallscope.tracer.analysis.stalls import ITERATIONS
 from stallscope.tracer.analysis.summary import StallSummary, Summary
 from stallscope.tracer.analysis.tables import Tables
@@ -54,11 +55,22 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
             lines.append(
                 f"observed {item.observed:,} of {item.counted:,} overflows the kernel counted; the rest has no time"
             )
+    if summary.requests and _accept_queue_unseen(tables):
+        lines.append(
+            "SYNs were taken and connections accepted, but the hooks at the accept queue saw none: waits there are "
+            "not known, and who got in is told by SYNs"
+        )
     if tables.damaged_rows or tables.unknown_rows:
         lines.append(f"{tables.damaged_rows + tables.unknown_rows:,} rows are damaged or unknown and were left out")
     if nested.crossing:
         lines.append("calls cross each other, which cannot be: the recording is damaged, self times are not exact")
     return (*lines, *_rows_missing(summary, tables))
+
+
+def _accept_queue_unseen(tables: Tables) -> bool:
+    hits = event_hits(tables)
+    accepted = bool((tables.accepts["fd"] >= 0).any())
+    return accepted and hits.get(SYN_TAKEN, 0) > 0 and not hits.get(ENQUEUED, 0) and not hits.get(ACCEPTED, 0)
 
 
 def _of_stalls(summary: Summary) -> str:
