@@ -195,19 +195,20 @@ class Recorder:
         pending: list[npt.NDArray[np.void]],
         on_progress: Callable[[Progress], None],
     ) -> Manifest:
-        pending.append(self._sampler.sample(time.monotonic_ns()))
         self._ask_servers("_end")
         used_ns = own_cpu_ns() - self._cpu_ns
-        ended_ns, unfinished, counters = self._traced.stop()
-        missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
-        counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
-        pending += [counted, _without(unfinished, counted)]
-        self._show(counters, ended_ns)
+        # the last sample, the kernel's counters and ours at one moment: detaching takes tenths of a second
+        pending.append(self._sampler.sample(time.monotonic_ns()))
         other_overflows = self._traced.other_overflows()
         namespaces = tuple(
             replace(info, counters_end=end, other_overflows=other_overflows.get(info.inode, 0))
             for info, end in zip(self._sampler.namespaces, self._sampler.counters_now(), strict=True)
         )
+        ended_ns, unfinished, counters = self._traced.stop()
+        missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
+        counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
+        pending += [counted, _without(unfinished, counted)]
+        self._show(counters, ended_ns)
         manifest = replace(
             self._manifest(),
             namespaces=namespaces,
@@ -411,6 +412,7 @@ def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -
 
 def _without(unfinished: npt.NDArray[np.void], finished: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
     """Return the unfinished spans that did not finish after all before the counters were read."""
-    done = {(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) for row in finished}
+    alike = finished[np.isin(finished["start_ns"], unfinished["start_ns"])]
+    done = {(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) for row in alike}
     alive = [(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) not in done for row in unfinished]
     return unfinished[np.array(alive, bool)]
