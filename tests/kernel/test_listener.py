@@ -113,13 +113,15 @@ def test_accept_queue_full_at_the_syn(loaded: Watchers, place: Namespace, abort:
     with place.listen(BACKLOG) as listening:
         server = loaded.watch(place, listening)
         loaded.begin(place)
-        clients = place.connect(listening, CONNECTS)
-        loaded.wait_for(3 * REFUSED)
-        counted = loaded.finish()
-        established = names_of([client for client in clients if is_established(client)])
-        peers = names_of(clients)
-        refused = loaded.best.of(ACCEPT_QUEUE_FULL)
-        close_all(clients)
+        clients = place.connect_to_full(listening, CONNECTS, HOLDS)
+        try:
+            loaded.wait_for(3 * REFUSED)
+            counted = loaded.finish()
+            established = names_of([client for client in clients if is_established(client)])
+            peers = names_of(clients)
+            refused = loaded.best.of(ACCEPT_QUEUE_FULL)
+        finally:
+            close_all(clients)
     assert (counted["ListenOverflows"], counted["ListenDrops"]) == (3 * REFUSED, 3 * REFUSED)
     assert loaded.best.hits[ENQUEUED] == len(established) == HOLDS
     assert attempts(loaded, ACCEPT_QUEUE_FULL) == dict.fromkeys(peers - established, 3)
