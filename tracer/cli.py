@@ -213,10 +213,11 @@ def summary(file: Path, as_json: bool) -> None:
       stallscope summary night.stall --json | jq .stalls
     """
     from stallscope.reports import terminal
+    from stallscope.tracer.analysis.analysis import analyse
     from stallscope.tracer.analysis.summary import summarise
     from stallscope.tracer.recording import read_recording
 
-    result = summarise(read_recording(file))
+    result = summarise(analyse(read_recording(file)))
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:

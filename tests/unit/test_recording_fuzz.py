@@ -20,6 +20,7 @@ from recordings import DATA, GOLDEN, Builder, add_storm, manifest
 from rich.console import Console
 
 from stallscope.reports.terminal import render
+from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.summary import summarise
 from stallscope.tracer.errors import RecordingError
 from stallscope.tracer.layout import EVENT
@@ -37,7 +38,7 @@ numbers = st.one_of(
 def go_all_the_way(path: Path) -> bool:
     """Read, summarise and render a file; returns whether it was readable."""
     try:
-        summary = summarise(read_recording(path))
+        summary = summarise(analyse(read_recording(path)))
     except RecordingError as error:
         message = str(error)
         assert "\n" not in message

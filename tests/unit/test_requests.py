@@ -24,6 +24,7 @@ from rich.console import Console
 
 from stallscope.reports.terminal import render
 from stallscope.tracer.analysis import requests
+from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.requests import (
     ACK_REFUSED_WITH_RST,
     ListenerRequests,
@@ -42,7 +43,7 @@ TAKEN = "SYN taken"
 
 
 def golden() -> Summary:
-    return summarise(read_recording(DATA / "refused.stall"))
+    return summarise(analyse(read_recording(DATA / "refused.stall")))
 
 
 def summary_of(
@@ -50,7 +51,7 @@ def summary_of(
 ) -> Summary:
     path = tmp_path / "a.stall"
     by_id = {REQUEST_ID[name]: item for name, item in (counters or {}).items()}
-    return summarise(read_recording(builder.write(path, 4000, by_id, overflows_end=overflows_end)))
+    return summarise(analyse(read_recording(builder.write(path, 4000, by_id, overflows_end=overflows_end))))
 
 
 def hooked() -> Builder:
@@ -296,7 +297,7 @@ def test_the_block_in_the_terminal() -> None:
 
 
 def test_without_hooks_nothing_is_said_of_requests() -> None:
-    summary = summarise(read_recording(DATA / "known-call.stall"))
+    summary = summarise(analyse(read_recording(DATA / "known-call.stall")))
     assert (summary.requests, summary.connections_refused) == (None, None)
     assert not summary.reconciliation[0].one_by_one
     assert "Connection requests" not in text_of(summary)

@@ -28,6 +28,7 @@ from recordings import (
 )
 
 from stallscope.probes.catalogue import Field
+from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.functions import FunctionSummary, quantile
 from stallscope.tracer.analysis.stalls import ITERATIONS, ROOT_CALLS
 from stallscope.tracer.analysis.summary import KEPT_STALLS, OverflowCount, Summary, summarise
@@ -38,11 +39,11 @@ from stallscope.tracer.recording import read_recording
 
 
 def golden(name: str) -> Summary:
-    return summarise(read_recording(DATA / f"{name}.stall"))
+    return summarise(analyse(read_recording(DATA / f"{name}.stall")))
 
 
 def summary_of(builder: Builder, tmp_path: Path, end_ms: float = 10_000) -> Summary:
-    return summarise(read_recording(builder.write(tmp_path / "a.stall", end_ms)))
+    return summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", end_ms))))
 
 
 def function(summary: Summary, name: str) -> FunctionSummary:
@@ -176,7 +177,7 @@ def test_of_an_empty_recording_nothing_is_claimed() -> None:
 def test_a_quiet_recording_says_what_was_looked_at(tmp_path: Path) -> None:
     builder = quiet(Builder(), 5000).span(CRON, 100, 2)
     counters = {ITERATION_ID: ProbeCounters(hits=500, short_calls=500, short_ns=9 * MS)}
-    summary = summarise(read_recording(builder.write(tmp_path / "a.stall", 5000, counters)))
+    summary = summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 5000, counters))))
     assert summary.verdict == (
         "Nothing wrong was seen in 5.00 s: 500 event loop iterations, all shorter than 10.0 ms; "
         "1 call of 1 function; an accept queue of at most 2 of 511, no overflows."
@@ -230,7 +231,7 @@ def test_without_the_event_loop_the_summary_says_what_stands_for_it(tmp_path: Pa
 
 def test_overflows_the_samples_missed_are_owned_up_to(tmp_path: Path) -> None:
     builder = Builder().queue(0, 512, 0).counter(0, 900).queue(10, 512, 4).counter(10, 904)
-    summary = summarise(read_recording(builder.write(tmp_path / "a.stall", 20, overflows_end=909)))
+    summary = summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 20, overflows_end=909))))
     assert (summary.reconciliation[0].observed, summary.reconciliation[0].counted) == (4, 9)
     assert any(warning.startswith("observed 4 of 9 overflows") for warning in summary.warnings)
 
@@ -238,7 +239,7 @@ def test_overflows_the_samples_missed_are_owned_up_to(tmp_path: Path) -> None:
 def test_rows_the_kernel_sent_and_the_file_lacks_are_owned_up_to(tmp_path: Path) -> None:
     builder = add_storm(Builder(), 1000)
     path = builder.write(tmp_path / "a.stall", 4000, {TRIM: ProbeCounters(hits=9, sent=9)})
-    warnings = summarise(read_recording(path)).warnings
+    warnings = summarise(analyse(read_recording(path))).warnings
     assert "sdsRemoveFreeSpace: 4 of 9 recorded calls are not in the file" in warnings
 
 
@@ -291,7 +292,7 @@ def test_damaged_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     builder = Builder().span(CRON, 100, 5).span(99, 100, 5)
     builder._rows += [(2**63, 5, CRON, PID, (0, 0, 0), 0), (at(1), 2**63, CRON, PID, (0, 0, 0), 0)]
     path = tmp_path / "a.stall"
-    summary = summarise(read_recording(builder.write(path, 500)))
+    summary = summarise(analyse(read_recording(builder.write(path, 500))))
     assert function(summary, "serverCron").recorded == 1
     assert "3 rows are damaged or unknown and were left out" in summary.warnings
     assert summary.elapsed_ns == 500 * MS
@@ -352,7 +353,7 @@ def test_quantiles_are_those_of_all_calls_where_they_are_known(lengths: list[int
 
 def test_a_function_with_no_row_keeps_its_counts(tmp_path: Path) -> None:
     counters = {FREE: ProbeCounters(hits=70, short_calls=70, short_ns=7 * MS)}
-    summary = summarise(read_recording(Builder().span(CRON, 1, 5).write(tmp_path / "a.stall", 100, counters)))
+    summary = summarise(analyse(read_recording(Builder().span(CRON, 1, 5).write(tmp_path / "a.stall", 100, counters))))
     free = function(summary, "freeClient")
     assert (free.calls, free.recorded, free.total_ns, free.self_ns) == (70, 0, 7 * MS, 7 * MS)
     assert (free.p50_ns, free.p999_ns, free.max_ns) == (None, None, None)

@@ -10,6 +10,7 @@ from recordings import CRON, DATA, GOLDEN, ITERATION_ID, MS, PROBES, Builder, Pr
 from rich.console import Console
 
 from stallscope.reports.terminal import SHOWN_STALLS, render
+from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.summary import Summary, summarise
 from stallscope.tracer.manifest import Note, TargetInfo
 from stallscope.tracer.recording import read_recording
@@ -24,7 +25,7 @@ def text_of(summary: Summary, *, width: int = 80, terminal: bool = False) -> str
 
 
 def golden(name: str) -> Summary:
-    return summarise(read_recording(DATA / f"{name}.stall"))
+    return summarise(analyse(read_recording(DATA / f"{name}.stall")))
 
 
 def rows(text: str, title: str) -> list[list[str]]:
@@ -115,7 +116,7 @@ def test_accept_queues_and_the_kernels_counters() -> None:
 
 def test_overflows_of_unknown_listeners_have_their_own_row(tmp_path: Path) -> None:
     builder = Builder().queue(0, 0, 0).counter(0, 900).queue(10, 1, 0).counter(20, 905)
-    text = text_of(summarise(read_recording(builder.write(tmp_path / "a.stall", 1000))))
+    text = text_of(summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 1000)))))
     assert ["not attributable", "5", "0", "0", "5"] in rows(text, "Accept queues")
 
 
@@ -146,7 +147,7 @@ def test_of_many_stalls_the_worst_are_shown_in_order(tmp_path: Path) -> None:
     builder = Builder()
     for index in range(30):
         builder.span(ITERATION_ID, index * 100, 11 + (index * 7) % 30)
-    text = text_of(summarise(read_recording(builder.write(tmp_path / "a.stall", 4000))))
+    text = text_of(summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 4000)))))
     title = f"Stalls: event loop iterations of at least 10.0 ms (the worst {SHOWN_STALLS} of 30)"
     lines = rows(text, title)[1:]
     assert len(lines) == SHOWN_STALLS
@@ -158,7 +159,7 @@ def test_of_many_stalls_the_worst_are_shown_in_order(tmp_path: Path) -> None:
 def test_what_is_not_known_is_a_question_mark(tmp_path: Path) -> None:
     probes = tuple(probe for probe in PROBES if probe.id > 1)
     builder = Builder(manifest(probes=probes)).span(CRON, 1000, 50)
-    text = text_of(summarise(read_recording(builder.write(tmp_path / "a.stall", 4000))))
+    text = text_of(summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 4000)))))
     assert rows(text, "Stalls: calls of at least 10.0 ms")[1] == [
         "1.000 s", "50.0 ms", "?", "0", "-", "?", "serverCron",
     ]  # fmt: skip
@@ -169,7 +170,7 @@ def test_what_is_not_known_is_a_question_mark(tmp_path: Path) -> None:
 def test_an_unfinished_stall_and_drain_are_marked_as_lower_bounds(tmp_path: Path) -> None:
     builder = add_storm(Builder(), 1000).span(ITERATION_ID, 1630, None)
     counters = {ITERATION_ID: ProbeCounters(hits=2, sent=1)}
-    text = text_of(summarise(read_recording(builder.write(tmp_path / "a.stall", 2000, counters))))
+    text = text_of(summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 2000, counters)))))
     lines = rows(text, "Stalls: event loop iterations")
     assert lines[1][4] == "> 10.0 ms"
     assert lines[2][1] == "> 370 ms"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.functions import FunctionSummary, summarise_functions
-from stallscope.tracer.analysis.nesting import Nested, nest
+from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.overflows import LISTEN_OVERFLOWS, NOT_ATTRIBUTABLE, increases, listener_step
 from stallscope.tracer.analysis.requests import (
     QUEUE_FULL,
@@ -26,10 +27,9 @@ from stallscope.tracer.analysis.stalls import (
     ITERATIONS,
     OUTSIDE,
     Stalls,
-    find_stalls,
     loop_observed,
 )
-from stallscope.tracer.analysis.tables import Tables, build_tables
+from stallscope.tracer.analysis.tables import Tables
 from stallscope.tracer.manifest import (
     CALL,
     COUNTER,
@@ -40,7 +40,6 @@ from stallscope.tracer.manifest import (
     ProbeCounters,
     TargetInfo,
 )
-from stallscope.tracer.recording import Recording
 
 SUMMARY_VERSION = 1
 KEPT_STALLS = 50
@@ -238,18 +237,12 @@ class Summary:
         return {"summary_version": SUMMARY_VERSION, **document}
 
 
-def summarise(recording: Recording) -> Summary:
-    """Return what a recording shows.
-
-    Raises:
-        RecordingError: the probe list contradicts the format.
-    """
+def summarise(analysis: Analysis) -> Summary:
+    """Return what a recording shows."""
     from stallscope.tracer.analysis.verdict import sentence, warnings
 
-    tables = build_tables(recording)
-    nested = nest(tables.calls, tables.iterations)
-    stalls = find_stalls(tables, nested)
-    manifest = recording.manifest
+    tables, nested, stalls = analysis.tables, analysis.nested, analysis.stalls
+    recording, manifest = analysis.recording, analysis.manifest
     elapsed_ns = max(tables.end_ns - manifest.started_ns, 0)
     loop = _loop(tables, len(stalls.frame))
     names = {probe.id: probe.name for probe in manifest.probes}

@@ -1,0 +1,46 @@
+"""A recording worked through once: what every report, export and comparison starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stallscope.tracer.analysis.nesting import Nested, nest
+from stallscope.tracer.analysis.stalls import Stalls, find_stalls
+from stallscope.tracer.analysis.tables import Tables, build_tables
+from stallscope.tracer.manifest import Manifest
+from stallscope.tracer.recording import Recording
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One recording's rows by kind, its calls with their places in the call tree, and its stalls.
+
+    Attributes:
+        tables: all rows, by kind; nested: the calls with parent, depth, self time and path.
+        stalls: the stalls with the accept queue, the calls and the overflows around them.
+    """
+
+    tables: Tables
+    nested: Nested
+    stalls: Stalls
+
+    @property
+    def recording(self) -> Recording:
+        """Return the recording itself."""
+        return self.tables.recording
+
+    @property
+    def manifest(self) -> Manifest:
+        """Return the recording's manifest."""
+        return self.tables.manifest
+
+
+def analyse(recording: Recording) -> Analysis:
+    """Return a recording worked through.
+
+    Raises:
+        RecordingError: the probe list contradicts the format.
+    """
+    tables = build_tables(recording)
+    nested = nest(tables.calls, tables.iterations)
+    return Analysis(tables, nested, find_stalls(tables, nested))
