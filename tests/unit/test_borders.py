@@ -50,6 +50,8 @@ def test_analysis_is_pure(forbidden: str) -> None:
 
 def test_nothing_imports_the_command_line() -> None:
     assert importers("stallscope.tracer.cli") == set()
+    commands = importers("stallscope.tracer.commands")
+    assert all(place == "tracer/cli.py" or place.startswith("tracer/commands/") for place in commands)
 
 
 def test_analysis_does_not_print() -> None:

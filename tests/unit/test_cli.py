@@ -13,6 +13,8 @@ from click.testing import CliRunner
 
 from stallscope.tracer import cli
 from stallscope.tracer.capture.recorder import Progress
+from stallscope.tracer.commands.parameters import _Parsed
+from stallscope.tracer.commands.record import progress_line, record
 from stallscope.tracer.errors import UsageError
 
 STALLSCOPE = str(Path(sys.executable).with_name("stallscope"))
@@ -126,13 +128,13 @@ class TestUsage:
 
     def test_durations_and_sizes_reach_the_command_in_ns_and_bytes(self) -> None:
         words = ["-p", "1", "-d", "1m", "--min-duration", "500us", "--ring-size", "16M"]
-        parameters = cli.record.make_context("record", words).params
+        parameters = record.make_context("record", words).params
         assert (parameters["duration"], parameters["min_duration"]) == (60_000_000_000, 500_000)
         assert (parameters["stall"], parameters["sample"]) == (10_000_000, 10_000_000)
         assert parameters["ring_size"] == 16 * 2**20
 
     def test_of_several_servers_is_kept_in_order(self) -> None:
-        parameters = cli.record.make_context("record", ["-p", "3", "--port", "7", "-p", "2", "--port", "6"]).params
+        parameters = record.make_context("record", ["-p", "3", "--port", "7", "-p", "2", "--port", "6"]).params
         assert (parameters["pids"], parameters["ports"]) == ((3, 2), (7, 6))
 
 
@@ -184,7 +186,7 @@ class TestProgressLine:
             elapsed_ns=3600 * 10**9, calls=12_345_678, stalls=3, longest_stall_ns=1_220_000_000, overflows=1_170,
             lost=9, hits=12_345_687, traced_share=0.123, own_share=0.0456,
         )  # fmt: skip
-        line = cli.progress_line(progress)
+        line = progress_line(progress)
         for part in (
             "3600 s",
             "12,345,678 calls",
@@ -196,7 +198,7 @@ class TestProgressLine:
         ):
             assert part in line
         assert len(line) <= 120
-        assert "longest stall none" in cli.progress_line(Progress())
+        assert "longest stall none" in progress_line(Progress())
 
 
 def test_an_error_of_ours_in_a_converter_is_a_usage_error() -> None:
@@ -204,5 +206,5 @@ def test_an_error_of_ours_in_a_converter_is_a_usage_error() -> None:
         raise UsageError(f"no {text}")
 
     with pytest.raises(click.BadParameter, match="no thing"):
-        cli._Parsed("thing", refuse).convert("thing", None, None)
-    assert cli._Parsed("thing", refuse).convert(7, None, None) == 7
+        _Parsed("thing", refuse).convert("thing", None, None)
+    assert _Parsed("thing", refuse).convert(7, None, None) == 7
