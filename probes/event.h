@@ -18,7 +18,10 @@ struct event {
 	s32 stack;	 /* stack id, or -1 */
 };
 
-/* What one probe did, per CPU; only ever added to. Exact even when the records themselves were lost. */
+/*
+ * What one probe did, one for each CPU; only ever added to. Exact even when the records themselves were lost.
+ * The consumer maps them: reading is no system call.
+ */
 struct probe_counters {
 	u64 hits;	 /* entries seen */
 	u64 sent;	 /* records put into the ring buffer */
@@ -46,6 +49,19 @@ struct loop_state {
 	u64 accepted;	 /* connections accepted since */
 	u32 syscall;	 /* the watched system call in progress, 0 for none */
 	u32 listener_fd; /* of the accept in progress */
+};
+
+/* What the hooked functions were seen to add to the TcpExt counters of a network namespace. */
+struct counted_requests {
+	u64 overflows;	  /* ListenOverflows */
+	u64 drops;	  /* ListenDrops */
+	u64 full_cookies; /* TCPReqQFullDoCookies */
+};
+
+/* Whose requests: a network namespace's, by its inode, at listeners that are watched (1) or not (0). */
+struct requests_of {
+	u32 namespace;
+	u32 watched;
 };
 
 /* A listening socket to watch, by its socket cookie; filled in by the loader. */

@@ -35,6 +35,7 @@ struct decision {
 	u64 counters; /* address of this CPU's share */
 	u64 overflows;
 	u64 drops;
+	u64 full_cookies;
 	u64 syn_queue_drops;
 	u64 cookies;
 	u64 resets;
@@ -46,9 +47,9 @@ struct decision {
 BPF_HASH(listeners, u64, struct watched_listener, MAX_LISTENERS);
 BPF_TABLE("lru_hash", u64, struct waiting_connection, waiting_connections, MAX_WAITING);
 BPF_PERCPU_ARRAY(buckets, struct bucket, LISTENER_EVENTS);
-BPF_PERCPU_ARRAY(decisions, struct decision, 2);     /* AT_SYN, AT_ACK */
-BPF_PERCPU_ARRAY(in_hashdance, bool, 1);	     /* is this CPU in inet_csk_complete_hashdance? */
-BPF_HASH(other_overflows, u32, u64, MAX_NAMESPACES); /* of listeners not watched, by network namespace */
+BPF_PERCPU_ARRAY(decisions, struct decision, 2); /* AT_SYN, AT_ACK */
+BPF_PERCPU_ARRAY(in_hashdance, bool, 1);	 /* is this CPU in inet_csk_complete_hashdance? */
+BPF_HASH(counted_requests, struct requests_of, struct counted_requests, MAX_NAMESPACES);
 
 #define READ(type, address)                                            \
 	({                                                             \
@@ -149,11 +150,12 @@ static __always_inline struct decision *request_arrives(u32 at, u64 sk, u64 skb)
 	decision->counters = READ(u64, READ(u64, sk + SOCK_COMMON_SKC_NET) + NET_MIB_NET_STATISTICS) +
 			     READ(u64, PER_CPU_OFFSETS + bpf_get_smp_processor_id() * sizeof(u64));
 	decision->overflows = counted(decision, LINUX_MIB_LISTENOVERFLOWS);
+	decision->drops = counted(decision, LINUX_MIB_LISTENDROPS);
+	decision->full_cookies = counted(decision, LINUX_MIB_TCPREQQFULLDOCOOKIES);
 	decision->watched = listener;
 	decision->active = true;
 	if (!listener)
 		return 0;
-	decision->drops = counted(decision, LINUX_MIB_LISTENDROPS);
 	__builtin_memset(&decision->event, 0, sizeof(decision->event));
 	decision->event.start_ns = bpf_ktime_get_ns();
 	decision->event.pid = listener->pid;
@@ -161,16 +163,26 @@ static __always_inline struct decision *request_arrives(u32 at, u64 sk, u64 skb)
 	return decision;
 }
 
-static __always_inline void count_other_overflow(u64 sk)
+/* Add what this function added to the namespace's counters to our own, so that both can be compared. */
+static __always_inline void count_requests(struct decision *decision)
 {
-	u32 namespace = READ(u32, READ(u64, sk + SOCK_COMMON_SKC_NET) + NET_NS_INUM);
-	u64 one = 1;
-	u64 *count = other_overflows.lookup(&namespace);
+	struct counted_requests gained = {
+		.overflows = counted(decision, LINUX_MIB_LISTENOVERFLOWS) - decision->overflows,
+		.drops = counted(decision, LINUX_MIB_LISTENDROPS) - decision->drops,
+		.full_cookies = counted(decision, LINUX_MIB_TCPREQQFULLDOCOOKIES) - decision->full_cookies,
+	};
+	struct requests_of whose = {.watched = decision->watched};
+	struct counted_requests *total, none = {};
 
-	if (count)
-		__sync_fetch_and_add(count, 1);
-	else
-		other_overflows.insert(&namespace, &one);
+	if (!gained.overflows && !gained.drops && !gained.full_cookies)
+		return;
+	whose.namespace = READ(u32, READ(u64, decision->sk + SOCK_COMMON_SKC_NET) + NET_NS_INUM);
+	total = counted_requests.lookup_or_try_init(&whose, &none);
+	if (!total)
+		return;
+	__sync_fetch_and_add(&total->overflows, gained.overflows);
+	__sync_fetch_and_add(&total->drops, gained.drops);
+	__sync_fetch_and_add(&total->full_cookies, gained.full_cookies);
 }
 
 /* Return the decision that ends here when its listener is watched, else NULL. */
@@ -181,11 +193,8 @@ static __always_inline struct decision *decided(u32 at)
 	if (!decision || !decision->active)
 		return 0;
 	decision->active = false;
-	if (decision->watched)
-		return decision;
-	if (counted(decision, LINUX_MIB_LISTENOVERFLOWS) != decision->overflows)
-		count_other_overflow(decision->sk);
-	return 0;
+	count_requests(decision);
+	return decision->watched ? decision : 0;
 }
 
 static __always_inline int syn_arrives(u64 sk, u64 skb)

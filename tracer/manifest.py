@@ -113,7 +113,8 @@ class NamespaceInfo:
         inode: the namespace's inode number; index: the number in a counter sample's ``namespace`` field.
         counters_start, counters_end: TcpExt counters by name (``ListenOverflows``); end is empty until the footer.
         sysctls: ``net.core.somaxconn`` and others that decide what happens on overflow.
-        other_overflows: overflows of listeners that were not watched, where kernel probes saw them.
+        seen, seen_elsewhere: what the hooked functions were seen to add to the counters of these names, for
+            the listeners that were watched and for all others; empty where the kernel was not hooked.
     """
 
     index: int
@@ -121,7 +122,8 @@ class NamespaceInfo:
     counters_start: dict[str, int]
     sysctls: dict[str, str] = field(default_factory=dict)
     counters_end: dict[str, int] = field(default_factory=dict)
-    other_overflows: int = 0
+    seen: dict[str, int] = field(default_factory=dict)
+    seen_elsewhere: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

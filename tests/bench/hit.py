@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import workload
 from attached import Place, attached
+from bpf_statistics import UPROBE_PROGRAMS, kernel_statistics, run_statistics
 from figures import BenchError, Figure, Findings
 from tracers import bpftrace, durations, places, stallscope
 
 from stallscope.tracer.recording import read_recording
 
 CALLS = 20_000
-STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
-_UPROBE_PROGRAM = "2"  # Linux include/uapi/linux/bpf.h, BPF_PROG_TYPE_KPROBE
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def bench(*, quick: bool) -> Findings:
     ours: list[Cost] = []
     theirs: list[Cost] = []
     calibrated: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="stallscope-bench-") as folder, _statistics():
+    with tempfile.TemporaryDirectory(prefix="stallscope-bench-") as folder, kernel_statistics():
         output = Path(folder) / "hit.stall"
         with workload.running(workload.build(Path(folder))) as program:
             functions = places(program.pid, [workload.FUNCTION], any_program=True)
@@ -62,31 +60,7 @@ def bench(*, quick: bool) -> Findings:
 def _cost(command: Sequence[str], program: workload.Workload, functions: Sequence[Place]) -> Cost:
     plain = program.run(workload.CALL, CALLS)
     with attached(command, program.pid, functions) as tracer:
-        before = _bpf_run_ns(tracer.pid)
+        before = run_statistics(tracer.pid, UPROBE_PROGRAMS).run_ns
         traced = program.run(workload.CALL, CALLS)
-        bpf_ns = _bpf_run_ns(tracer.pid) - before
+        bpf_ns = run_statistics(tracer.pid, UPROBE_PROGRAMS).run_ns - before
     return Cost((traced.wall_ns - plain.wall_ns) / CALLS, (traced.cpu_ns - plain.cpu_ns) / CALLS, bpf_ns / CALLS)
-
-
-def _bpf_run_ns(pid: int) -> int:
-    """Return the run time of the uprobe programs that a process holds, each once: fdinfo, ``run_time_ns``."""
-    times: dict[str, int] = {}
-    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
-        try:
-            fields = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
-        except OSError:
-            continue
-        if fields.get("prog_type") == _UPROBE_PROGRAM:
-            times[fields["prog_id"]] = int(fields["run_time_ns"])
-    return sum(times.values())
-
-
-@contextmanager
-def _statistics() -> Iterator[None]:
-    """Have the kernel time BPF programs for as long as this lasts."""
-    before = STATS.read_text()
-    STATS.write_text("1\n")
-    try:
-        yield
-    finally:
-        STATS.write_text(before)

@@ -13,7 +13,7 @@ from figures import BenchError
 
 SOURCE = Path(__file__).with_name("workload.c")
 FUNCTION = "traced_call"
-GETPPID, WAIT, CALL = "getppid", "wait", "call"
+GETPPID, WAIT, CALL, CONNECT = "getppid", "wait", "call", "connect"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Workload:
         self._process = process
         self.path = path
         self.pid = process.pid
+        assert process.stdout is not None
+        self.port = int(process.stdout.readline())
 
     def start(self, work: str, count: int, rate: int = 0) -> None:
         """Begin ``count`` events at ``rate`` per second (0: as fast as it goes)."""
@@ -61,7 +63,7 @@ def build(folder: Path) -> Path:
     if compiler is None:
         raise BenchError("no C compiler for the traced program; apt-get install gcc")
     path = folder / "workload"
-    done = subprocess.run([compiler, "-O2", "-o", path, SOURCE], capture_output=True, text=True)
+    done = subprocess.run([compiler, "-O2", "-pthread", "-o", path, SOURCE], capture_output=True, text=True)
     if done.returncode:
         raise BenchError(f"{SOURCE.name} does not compile: {done.stderr.strip().splitlines()[0]}")
     return path

@@ -23,7 +23,7 @@ from tracing import until
 
 from stallscope.tracer.capture.backlog import ListenerState, SockDiag
 from stallscope.tracer.capture.listener import EVENTS, FIELDS, ListenerPlan
-from stallscope.tracer.capture.listener_program import LISTENER_PROBES, ListenerProgram
+from stallscope.tracer.capture.listener_program import COUNTED, LISTENER_PROBES, ListenerProgram
 from stallscope.tracer.capture.namespace import COUNTER_NAMES, KernelCounters, call_inside, namespace_inode
 from stallscope.tracer.layout import EVENT
 from stallscope.tracer.manifest import ListenerInfo, ProbeCounters
@@ -158,13 +158,14 @@ class Watcher:
     program: ListenerProgram
     seen: list[Seen] = field(default_factory=list)
     counters: dict[str, ProbeCounters] = field(default_factory=dict)
-    other_overflows: dict[int, int] = field(default_factory=dict)
+    watched: dict[int, Counter[str]] = field(default_factory=dict)
+    elsewhere: dict[int, Counter[str]] = field(default_factory=dict)
 
     def begin(self) -> None:
         self.program.ring.read()
         self.seen = []
         self._before = self._totals()
-        self._others_before = self.program.other_overflows()
+        self._counted_before = [self.program.counted_requests(watched=watched) for watched in (True, False)]
 
     def look(self) -> None:
         """Take what is new."""
@@ -175,11 +176,14 @@ class Watcher:
             )
             for kind, total in after.items()
         }
-        self.other_overflows = {
-            inode: count - self._others_before.get(inode, 0)
-            for inode, count in self.program.other_overflows().items()
-            if count != self._others_before.get(inode, 0)
-        }
+        self.watched, self.elsewhere = (
+            {
+                inode: Counter(counts) - Counter(before.get(inode, {}))
+                for inode, counts in self.program.counted_requests(watched=watched).items()
+                if counts != before.get(inode)
+            }
+            for watched, before in zip((True, False), self._counted_before, strict=True)
+        )
         self.seen += map(_decoded, self.program.ring.read())
 
     @property
@@ -271,7 +275,7 @@ class Watchers:
     def _compare(self, watcher: Watcher, counted: list[dict[str, int]]) -> None:
         hits = watcher.hits
         ours = {place.inode for place, _ in self._namespaces}
-        others = sum(count for inode, count in watcher.other_overflows.items() if inode in ours)
+        others = sum(watcher.elsewhere[inode]["ListenOverflows"] for inode in ours & watcher.elsewhere.keys())
         seen = Counter(one.kind for one in watcher.seen)
         probes = {
             "ListenOverflows": sum(hits[kind] for kind in OVERFLOWS) + others,
@@ -283,6 +287,9 @@ class Watchers:
         if others:  # the kernel counts the drops of all listeners, we only the overflows
             del probes["TCPReqQFullDrop"], kernel["TCPReqQFullDrop"], probes["ListenDrops"], kernel["ListenDrops"]
         assert probes == kernel, f"{watcher.name}: {probes} of {kernel}: {hits}"
+        for (place, _), expected in zip(self._namespaces, counted, strict=True):
+            added = watcher.watched.get(place.inode, Counter()) + watcher.elsewhere.get(place.inode, Counter())
+            assert {name: added[name] for name in COUNTED} == {name: expected[name] for name in COUNTED}, watcher.name
         for kind, counter in watcher.counters.items():
             assert counter.hits == counter.sent + counter.thinned + counter.lost, f"{watcher.name}: {kind}"
             assert seen[kind] == counter.sent, f"{watcher.name}: {kind}"

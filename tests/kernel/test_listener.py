@@ -279,7 +279,7 @@ def test_namespaces_are_kept_apart(loaded: Watchers, place: Namespace) -> None:
         close_all(clients)
     for watcher in loaded.all:
         assert watcher.hits == {TAKEN: 3, ENQUEUED: 3, ACCEPT_QUEUE_FULL: 14}
-        assert watcher.other_overflows == {elsewhere.inode: 16}
+        assert watcher.elsewhere == {elsewhere.inode: {"ListenOverflows": 16, "ListenDrops": 16}}
 
 
 def test_listeners_that_are_not_watched_are_only_counted(loaded: Watchers, place: Namespace) -> None:
@@ -294,7 +294,8 @@ def test_listeners_that_are_not_watched_are_only_counted(loaded: Watchers, place
         close_all(clients)
     for watcher in loaded.all:
         assert watcher.hits == {TAKEN: 3, ENQUEUED: 3, ACCEPT_QUEUE_FULL: 4}
-        assert watcher.other_overflows == {place.inode: 14}
+        assert watcher.elsewhere == {place.inode: {"ListenOverflows": 14, "ListenDrops": 14}}
+        assert watcher.watched == {place.inode: {"ListenOverflows": 4, "ListenDrops": 4}}
 
 
 def test_a_full_syn_queue_elsewhere_is_no_overflow(loaded: Watchers, place: Namespace) -> None:
@@ -312,7 +313,7 @@ def test_a_full_syn_queue_elsewhere_is_no_overflow(loaded: Watchers, place: Name
     assert counted["TCPReqQFullDrop"] >= 24
     for watcher in loaded.all:
         assert not watcher.hits
-        assert watcher.other_overflows == {place.inode: counted["ListenOverflows"]}
+        assert watcher.elsewhere == {place.inode: {name: counted[name] for name in ("ListenOverflows", "ListenDrops")}}
 
 
 def test_a_group_that_shares_a_port(loaded: Watchers, place: Namespace) -> None:

@@ -19,6 +19,7 @@ from listeners import ACCEPT_QUEUE_FULL, ACCEPTED, ENQUEUED, OVERFLOWS, TCP_SYNC
 from tracing import Rows, inside, recording, require_tracing, until
 
 from stallscope.tracer.capture.listener import KPROBE_RUNG, plan_listener
+from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.redis_target import pids_listening_on
 from stallscope.tracer.errors import SurroundingsError
 
@@ -112,7 +113,10 @@ def assert_reconciled(rows: Rows) -> int:
     """Hold the recording's overflows against the kernel's; returns how many there were."""
     (namespace,) = rows.manifest.namespaces
     counted = namespace.counters_end["ListenOverflows"] - namespace.counters_start["ListenOverflows"]
-    assert hits(rows, *OVERFLOWS) + namespace.other_overflows == counted
+    assert hits(rows, *OVERFLOWS) == namespace.seen["ListenOverflows"]
+    for name in COUNTED:
+        gained = namespace.counters_end[name] - namespace.counters_start[name]
+        assert namespace.seen[name] + namespace.seen_elsewhere[name] == gained, name
     for probe in rows.manifest.probes:
         if probe.name in OVERFLOWS:
             counters = rows.counters(probe.name)

@@ -166,7 +166,7 @@ def hooked_manifest(*, other_overflows: int = 0, **changes: object) -> Manifest:
     return replace(
         made,
         rungs={**made.rungs, "overflows": "fentry and kprobe"},
-        namespaces=(replace(made.namespaces[0], other_overflows=other_overflows),),
+        namespaces=(replace(made.namespaces[0], seen_elsewhere={"ListenOverflows": other_overflows}),),
         **changes,  # type: ignore[arg-type]
     )
 

@@ -399,12 +399,13 @@ def _reconcile(tables: Tables, stalls: Stalls, namespace: NamespaceInfo) -> Reco
     )
     if not requests_observed(tables.manifest):
         return sampled
-    observed = _seen_one_by_one(tables, namespace) + namespace.other_overflows
+    elsewhere = namespace.seen_elsewhere.get(LISTEN_OVERFLOWS, 0)
+    observed = _seen_one_by_one(tables, namespace) + elsewhere
     return dataclasses.replace(
         sampled,
         observed=observed,
         one_by_one=True,
-        unwatched=namespace.other_overflows,
+        unwatched=elsewhere,
         unexplained=None if sampled.counted is None else sampled.counted - observed,
     )
 

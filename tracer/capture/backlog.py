@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +159,7 @@ class _Namespace:
         self.counters = KernelCounters(pid)
         self.pids: set[int] = set()
         self.watched: dict[int, ListenerInfo] = {}
+        self.closed: list[ListenerInfo] = []
         self.foreign: set[int] = set()
         self.known: list[ListenerState] = []
         self.next_walk_ns = 0
@@ -172,7 +173,12 @@ class _Namespace:
             if None not in found:
                 return [state for state in found if state is not None]
         self.next_walk_ns = now_ns + REPEAT_NS
-        return self.diag.listeners()
+        states = self.diag.listeners()
+        there = {state.inode for state in states}
+        self.foreign &= there
+        for inode in self.watched.keys() - there:
+            self.closed.append(self.watched.pop(inode))
+        return states
 
 
 class BacklogSampler:
@@ -209,7 +215,20 @@ class BacklogSampler:
         """Stop watching a process's listeners; its namespace's counters are sampled on."""
         for place in self._by_inode.values():
             place.pids.discard(pid)
-            place.watched = {inode: info for inode, info in place.watched.items() if info.pid != pid}
+            for inode, info in list(place.watched.items()):
+                if info.pid == pid:
+                    place.closed.append(place.watched.pop(inode))
+
+    def take_closed(self) -> list[ListenerInfo]:
+        """Return the listeners that are no longer watched, each once."""
+        closed = [info for place in self._by_inode.values() for info in place.closed]
+        for place in self._by_inode.values():
+            place.closed.clear()
+        return closed
+
+    def count_from(self, namespace: int, counters: dict[str, int]) -> None:
+        """Take these values of a namespace's counters for those at its start."""
+        self.namespaces[namespace] = replace(self.namespaces[namespace], counters_start=counters)
 
     def sample(self, now_ns: int) -> npt.NDArray[np.void]:
         """Return the rows (dtype ``EVENT``) of everything that changed since the last call.

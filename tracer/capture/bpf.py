@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -102,6 +104,30 @@ class BpfMap:
 
     def _attributes(self, value: npt.NDArray[Any]) -> bytes:
         return struct.pack("=IIQQQ", self.fd, 0, self._key.ctypes.data, value.ctypes.data, 0)
+
+
+class MappedArray:
+    """An array map made with BPF_F_MMAPABLE (Linux 5.5), read where it lies: no system call, always current."""
+
+    def __init__(self, fd: int, value: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        """Map the array ``fd``.
+
+        Args:
+            value: dtype of one value, a multiple of 8 bytes.
+            shape: how the values are looked at; their number is the product.
+
+        Raises:
+            OSError: the kernel refuses the mapping.
+        """
+        count = math.prod(shape)
+        length = -(-count * value.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._pages = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.values = np.frombuffer(self._pages, value, count).reshape(shape)
+
+    def close(self) -> None:
+        """Unmap it; nobody may hold a view of its values."""
+        del self.values
+        self._pages.close()
 
 
 def attach_uprobe(program_fd: int, path: str, offset: int, pid: int, *, is_return: bool) -> int:

@@ -8,12 +8,15 @@ from stallscope.tracer.capture.bcc_library import bcc_version
 from stallscope.tracer.capture.bpf import BpfMap, attach_kprobe, attach_tracing
 from stallscope.tracer.capture.listener import EVENTS, FENTRY_RUNG, Hook, ListenerPlan
 from stallscope.tracer.capture.loader import KPROBE, TRACING, Loader
-from stallscope.tracer.capture.program import FIRST_LISTENER_PROBE, U32, LoadedPrograms, join_sources
+from stallscope.tracer.capture.program import FIRST_LISTENER_PROBE, LoadedPrograms, join_sources
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import struct_dtype
 from stallscope.tracer.manifest import ListenerInfo
 
 LISTENER_PROBES = range(FIRST_LISTENER_PROBE, FIRST_LISTENER_PROBE + len(EVENTS))
+
+COUNTED = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies")
+"""Members of ``struct counted_requests`` (event.h) by the kernel's names, in its order."""
 
 _U64 = np.dtype("<u8")
 _MAX_LISTENERS = 1024
@@ -55,14 +58,40 @@ class ListenerProgram(LoadedPrograms):
                 raise SurroundingsError(self.failures[0])
 
     def watch(self, listener: ListenerInfo) -> None:
-        """Report what happens to this listener's connection requests from now on."""
+        """Report what happens to this listener's connection requests from now on.
+
+        Raises:
+            SurroundingsError: too many are watched already.
+        """
         value = np.zeros(1, struct_dtype("watched_listener"))
         value["index"], value["pid"] = listener.index, listener.pid
-        self._listeners.update(listener.cookie, value[0])
+        try:
+            self._listeners.update(listener.cookie, value[0])
+        except OSError as error:
+            raise SurroundingsError(
+                f"{listener.address} is only sampled, not seen request by request: {_MAX_LISTENERS} listeners are "
+                "watched already"
+            ) from error
 
-    def other_overflows(self) -> dict[int, int]:
-        """Return how often listeners that are not watched overflowed, by inode of their network namespace."""
-        return {int(namespace): int(count[0]) for namespace, count in self._other_overflows.items()}
+    def unwatch(self, listener: ListenerInfo) -> None:
+        """Make room for another listener; one that is not watched is fine."""
+        self._listeners.delete(listener.cookie)
+
+    def counted_requests(self, *, watched: bool) -> dict[int, dict[str, int]]:
+        """Return what the hooked functions added to the kernel's counters since they were attached.
+
+        Args:
+            watched: of the listeners that are watched, or of all others.
+
+        Returns:
+            Counts by the kernel's name of the counter, by inode of the network namespace; namespaces
+            where nothing was refused are left out.
+        """
+        return {
+            int(whose["namespace"]): dict(zip(COUNTED, map(int, counts[0].item()), strict=True))
+            for whose, counts in self._counted_requests.items()
+            if bool(whose["watched"]) == watched
+        }
 
     def _load(self, ring_bytes: int, loader: Loader | None) -> None:
         fentry, fexit = _tracing_prefixes()
@@ -80,12 +109,14 @@ class ListenerProgram(LoadedPrograms):
             if hook.on_return:
                 programs[self._name(hook, is_return=True)] = kind
         super().__init__(
-            join_sources(["listener.bpf.c"]), flags, programs, ["listeners", "other_overflows"],
+            join_sources(["listener.bpf.c"]), flags, programs, ["listeners", "counted_requests"],
             ring_bytes=ring_bytes, loader=loader,
         )  # fmt: skip
         fds = self._loaded.maps
         self._listeners = BpfMap(fds["listeners"], _U64, struct_dtype("watched_listener"))
-        self._other_overflows = BpfMap(fds["other_overflows"], U32, _U64)
+        self._counted_requests = BpfMap(
+            fds["counted_requests"], struct_dtype("requests_of"), struct_dtype("counted_requests")
+        )
 
     def _attach(self) -> list[Hook]:
         """Attach every hook, returns before entries; returns those that failed."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.probes.catalogue import Decoder
-from stallscope.tracer.capture.bpf import BpfMap, attach_raw_tracepoint, attach_uprobe
+from stallscope.tracer.capture.bpf import BpfMap, MappedArray, attach_raw_tracepoint, attach_uprobe
 from stallscope.tracer.capture.frames import has_left
 from stallscope.tracer.capture.loader import KPROBE, RAW_TRACEPOINT, Loader
 from stallscope.tracer.capture.ring import RingReader
@@ -80,13 +80,15 @@ class LoadedPrograms:
         Raises:
             SurroundingsError: bcc is missing or cannot compile here.
         """
-        flags = [f"-DRING_PAGES={ring_bytes // 4096}", f"-DMAX_PROBES={MAX_PROBES}", *flags]
+        cpus = _possible_cpus()
+        sizes = {"RING_PAGES": ring_bytes // 4096, "MAX_PROBES": MAX_PROBES, "MAX_CPUS": cpus}
+        flags = [*(f"-D{name}={size}" for name, size in sizes.items()), *flags]
         self._loaded = (loader or Loader()).load(text, flags, programs, ["events", "counters", *maps])
         self._attached: list[int] = []
         _check_layout(self._loaded.leaf_types)
         fds = self._loaded.maps
         self.ring = RingReader(fds["events"], ring_bytes)
-        self._counters = BpfMap(fds["counters"], U32, struct_dtype("probe_counters"), _possible_cpus())
+        self._counters = MappedArray(fds["counters"], struct_dtype("probe_counters"), (cpus, MAX_PROBES))
 
     def detach(self, handle: int) -> None:
         """Let go of one attachment."""
@@ -107,15 +109,15 @@ class LoadedPrograms:
         """Return the in-kernel counters of these probes, summed over CPUs."""
         totals: dict[int, ProbeCounters] = {}
         for probe in probes:
-            values = self._counters.lookup(probe)
-            if values is not None and values.dtype.names:
-                totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names})
+            values = self._counters.values[:, probe]
+            totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names or ()})
         return totals
 
     def close(self) -> None:
         """Detach everything and free the programs and maps."""
         self.detach_all()
         self.ring.close()
+        self._counters.close()
         for fd in (*self._loaded.programs.values(), *self._loaded.maps.values()):
             os.close(fd)
         self._loaded.programs.clear()
@@ -268,6 +270,8 @@ def _check_layout(leaf_types: Mapping[str, str]) -> None:
         ("calls_in_progress", "event"),
         ("counters", "probe_counters"),
         ("loops", "loop_state"),
+        ("listeners", "watched_listener"),
+        ("counted_requests", "counted_requests"),
     ):
         if table not in leaf_types:
             continue

@@ -15,9 +15,11 @@ import numpy.typing as npt
 
 from stallscope.tracer.capture.backlog import BacklogSampler
 from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_call_ns, own_cpu_ns
+from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
 from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
+from stallscope.tracer.capture.reconcile import Moment, take_moment, with_end
 from stallscope.tracer.capture.redis_target import (
     Target,
     find_by_port,
@@ -29,7 +31,7 @@ from stallscope.tracer.capture.redis_target import (
 from stallscope.tracer.capture.traced import TracedSet, TraceOptions
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
-from stallscope.tracer.manifest import Counters, Manifest, ProbeCounters, TargetInfo
+from stallscope.tracer.manifest import Counters, Manifest, NamespaceInfo, ProbeCounters, TargetInfo
 from stallscope.tracer.recording import RecordingWriter, empty_events, joined_events
 
 FLUSH_NS = 500_000_000
@@ -110,6 +112,7 @@ class Recorder:
         self._port_of: dict[int, int] = {}
         self._call_cost_ns = self._system_call_cost_ns = 0.0
         self._listeners_watched = 0
+        self._starts: dict[int, Moment] = {}
         self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
         self._sampler = BacklogSampler()
@@ -167,7 +170,7 @@ class Recorder:
             if now_ns >= next_sample:
                 next_sample = max(next_sample + sample_ns, now_ns)
                 pending.append(self._sampler.sample(now_ns))
-                self._watch_new_listeners()
+                self._follow_listeners()
             if now_ns >= next_read or self._traced.is_filling:
                 next_read = now_ns + READ_NS
                 pending.append(self._look_at(self._traced.read()))
@@ -199,11 +202,7 @@ class Recorder:
         used_ns = own_cpu_ns() - self._cpu_ns
         # the last sample, the kernel's counters and ours at one moment: detaching takes tenths of a second
         pending.append(self._sampler.sample(time.monotonic_ns()))
-        other_overflows = self._traced.other_overflows()
-        namespaces = tuple(
-            replace(info, counters_end=end, other_overflows=other_overflows.get(info.inode, 0))
-            for info, end in zip(self._sampler.namespaces, self._sampler.counters_now(), strict=True)
-        )
+        namespaces = self._finished_namespaces()
         ended_ns, unfinished, counters = self._traced.stop()
         missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
         counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
@@ -220,6 +219,18 @@ class Recorder:
         writer.finish(joined_events(pending), Counters(ended_ns, counters), manifest)
         on_progress(self.progress)
         return manifest
+
+    def _moment(self) -> Moment:
+        def kernel() -> dict[int, dict[str, int]]:
+            inodes = [info.inode for info in self._sampler.namespaces]
+            return dict(zip(inodes, self._sampler.counters_now(), strict=True))
+
+        return take_moment(kernel, lambda watched: self._traced.counted_requests(watched=watched))
+
+    def _finished_namespaces(self) -> tuple[NamespaceInfo, ...]:
+        end = self._moment()
+        names = COUNTED if self._traced.listener_rung else ()
+        return tuple(with_end(info, self._starts[info.inode], end, names) for info in self._sampler.namespaces)
 
     def _is_over(self, now_ns: int) -> bool:
         if self._stop.is_set():
@@ -296,7 +307,11 @@ class Recorder:
         if not self._traced.targets:
             self._traced.attach_listener()
         namespaces = [self._sampler.add_target(target.pid) for target in targets]
-        self._watch_new_listeners()
+        for info in self._sampler.namespaces:
+            if info.inode not in self._starts:
+                start = self._starts[info.inode] = self._moment()
+                self._sampler.count_from(info.index, dict(start.kernel[info.inode]))
+        self._follow_listeners()
         began_ns = time.monotonic_ns()
         self._traced.attach(targets)
         for target, namespace in zip(targets, namespaces, strict=True):
@@ -307,7 +322,10 @@ class Recorder:
         self._ask_servers("")
         return began_ns
 
-    def _watch_new_listeners(self) -> None:
+    def _follow_listeners(self) -> None:
+        """Watch the listeners that were opened, and forget those that were closed."""
+        for listener in self._sampler.take_closed():
+            self._traced.unwatch_listener(listener)
         for listener in self._sampler.listeners[self._listeners_watched :]:
             self._traced.watch_listener(listener)
         self._listeners_watched = len(self._sampler.listeners)

@@ -134,17 +134,26 @@ class TracedSet:
 
     def watch_listener(self, listener: ListenerInfo) -> None:
         """Report what happens to this listener's connection requests, where the kernel's side is hooked."""
-        if self._listener is not None:
+        if self._listener is None:
+            return
+        try:
             self._listener.watch(listener)
+        except SurroundingsError as error:
+            self.note(str(error))
+
+    def unwatch_listener(self, listener: ListenerInfo) -> None:
+        """Forget a listener that was closed."""
+        if self._listener is not None:
+            self._listener.unwatch(listener)
 
     @property
     def listener_rung(self) -> str:
         """Return how the listener is hooked: ``fentry``, ``kprobe``, both, or "" for not at all."""
         return " and ".join(sorted(set(self._listener.plan.rungs.values()))) if self._listener is not None else ""
 
-    def other_overflows(self) -> dict[int, int]:
-        """Return the overflows of listeners that are not watched, by inode of their network namespace."""
-        return self._listener.other_overflows() if self._listener is not None else {}
+    def counted_requests(self, *, watched: bool) -> dict[int, dict[str, int]]:
+        """Return :meth:`ListenerProgram.counted_requests`; empty where the kernel's side is not hooked."""
+        return self._listener.counted_requests(watched=watched) if self._listener is not None else {}
 
     def attach(self, targets: Sequence[Target]) -> None:
         """Attach to processes that were prepared.
