@@ -13,7 +13,7 @@ BUILDS := 2.8.17 2.8.17-patched 2.8.17-lto 3.2.6 5.0.6
 
 DEMO_PACKAGES := python3-bpfcc python3-venv gcc make autoconf libc6-dev
 VM_PACKAGES := mmdebstrap qemu-system-x86 e2fsprogs
-TEST_PACKAGES := $(DEMO_PACKAGES) binutils xz-utils iproute2 redis-server util-linux
+TEST_PACKAGES := $(DEMO_PACKAGES) patch binutils xz-utils iproute2 redis-server util-linux
 
 .PHONY: demo test lint bench setup format clean
 demo: setup

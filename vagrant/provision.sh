@@ -49,7 +49,15 @@ settle_the_running_machine() {
     fi
 }
 
+# The lab's Redis servers; those that only the internet has are left out where there is none.
+build_servers() {
+    python3 "$project/vagrant/lab/build.py"
+}
+
 install_packages "$project/vagrant/packages.txt"
 install_python
 put_on_path
-[ -n "$in_image" ] || settle_the_running_machine
+if [ -z "$in_image" ]; then
+    settle_the_running_machine
+    build_servers
+fi

@@ -67,10 +67,7 @@ def bench(*, quick: bool) -> Findings:
     """
     rounds = 3 if quick else 9
     plan = plan_listener()
-    found = Findings(
-        f"listener: one connection, of {CONNECTIONS:,} on loopback, by {' and '.join(plan.rungs.values())}"
-    )
-    found.bench = f"listener: one connection, of {CONNECTIONS:,} on loopback")
+    found = Findings(f"listener: one connection, of {CONNECTIONS:,} on loopback")
     found.notes.append(", ".join(f"{name} by {rung}" for name, rung in plan.rungs.items()))
     with (
         tempfile.TemporaryDirectory(prefix="stallscope-bench-") as folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from lab import LabError, LabUsageError, incident
-from lab.build import is_built, load_builds, main, make_server
+from lab.build import Source, UnreachableError, fetch, is_built, load_builds, main, make_server
 from lab.listener import ListenerQueue, read_listen_counters
 from lab.outcome import Outcome
 from lab.recipes import RECIPES, Recipe, check
@@ -52,7 +53,29 @@ def run_file(name: str, *words: str, **options: object) -> subprocess.CompletedP
 
 class TestBuild:
     def test_declares_the_servers_of_the_article(self) -> None:
-        assert list(load_builds()) == ["2.8.17", "2.8.17-patched", "2.8.17-lto", "3.2.6", "5.0.6"]
+        assert list(load_builds()) == [
+            "2.8.17", "2.8.17-patched", "2.8.17-lto", "3.2.6", "5.0.6", "2.8.19", "4.0.9",
+        ]  # fmt: skip
+
+    def test_downloads_an_archive_and_refuses_one_that_is_not_the_pinned(self, tmp_path: Path) -> None:
+        archive = tmp_path / "served" / "redis.tar.gz"
+        archive.parent.mkdir()
+        archive.write_bytes(b"an archive")
+        source = Source("redis.tar.gz", "redis", hashlib.sha256(b"an archive").hexdigest(), url=archive.as_uri())
+        kept = fetch(source, tmp_path / "sources", tmp_path / "log")
+        assert kept.read_bytes() == b"an archive"
+        archive.unlink()
+        assert fetch(source, tmp_path / "sources", tmp_path / "log") == kept, "what is there is not asked for again"
+        with pytest.raises(LabError, match="not the pinned ff; delete it"):
+            fetch(replace(source, sha256="ff"), tmp_path / "sources", tmp_path / "log")
+
+    def test_names_what_cannot_be_reached_and_the_remedy(self, tmp_path: Path) -> None:
+        with socket.create_server((HOST, 0)) as closed:
+            port = closed.getsockname()[1]
+        source = Source("redis.tar.gz", "redis", "ff", url=f"http://{HOST}:{port}/redis.tar.gz")
+        with pytest.raises(UnreachableError, match=rf"^cannot download {source.url}: .*refused.*; go online, or put"):
+            fetch(source, tmp_path / "sources", tmp_path / "log")
+        assert not list((tmp_path / "sources").iterdir())
 
     def test_has_nothing_to_do_when_its_inputs_are_unchanged(self) -> None:
         server = built("2.8.17")
@@ -89,7 +112,8 @@ class TestBuild:
     def test_an_unknown_name_is_a_usage_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["9.9.9"]) == 2
         assert capsys.readouterr().err == (
-            'build.py: there is no build "9.9.9"; choose among 2.8.17, 2.8.17-patched, 2.8.17-lto, 3.2.6, 5.0.6\n'
+            'build.py: there is no build "9.9.9"; choose among 2.8.17, 2.8.17-patched, 2.8.17-lto, 3.2.6, 5.0.6, '
+            "2.8.19, 4.0.9\n"
         )
 
     def test_the_lists_says_what_is_built(

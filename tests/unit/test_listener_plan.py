@@ -168,6 +168,11 @@ def test_the_flags_hold_all_that_the_program_asks_for(kernel: Kernel) -> None:
         name = path.replace(".", "_").upper()
         assert flags[name] == str(offset)
         assert re.search(rf"\b{name}\b", PROGRAM), f"{name} is used"
+    for stretch in ("VERDICT", "FULL"):
+        first, count = int(flags[f"{stretch}_FIRST"]), int(flags[f"{stretch}_COUNTERS"])
+        read = set(re.findall(rf"{stretch}_GAINED\((LINUX_MIB_\w+)\)", PROGRAM))
+        assert {plan.numbers[name] for name in read} <= set(range(first, first + count)), "all lie in what is read"
+        assert {first, first + count - 1} <= {plan.numbers[name] for name in read}, "and no more is read"
     for name in plan.numbers:
         assert re.search(rf"\b{name}\b", PROGRAM), f"{name} is used"
 

@@ -96,15 +96,19 @@ _MEMBERS = (
     "tcphdr.source",
 )
 
-_COUNTERS = (
-    "LINUX_MIB_LISTENOVERFLOWS",
-    "LINUX_MIB_LISTENDROPS",
-    "LINUX_MIB_TCPREQQFULLDROP",
-    "LINUX_MIB_TCPREQQFULLDOCOOKIES",
-    "LINUX_MIB_SYNCOOKIESSENT",
-    "LINUX_MIB_EMBRYONICRSTS",
-)
-"""Linux include/uapi/linux/snmp.h; their numbers differ between kernels (19, 20, 21 or 23 for the first)."""
+_STRETCHES = {
+    "VERDICT": (
+        "LINUX_MIB_LISTENOVERFLOWS",
+        "LINUX_MIB_LISTENDROPS",
+        "LINUX_MIB_SYNCOOKIESSENT",
+        "LINUX_MIB_EMBRYONICRSTS",
+    ),
+    "FULL": ("LINUX_MIB_TCPREQQFULLDROP", "LINUX_MIB_TCPREQQFULLDOCOOKIES"),
+}
+"""The counters read, by the stretch they are read in (listener.bpf.c).
+
+Linux include/uapi/linux/snmp.h; their numbers differ between kernels (19, 20, 21 or 23 for the first).
+"""
 
 # Linux include/uapi/linux/bpf.h: enum bpf_prog_type, enum bpf_attach_type
 _PROG_TRACING, _ATTACH_FENTRY = 26, 24
@@ -141,6 +145,9 @@ class ListenerPlan:
         """
         flags = [f"-D{path.replace('.', '_').upper()}={offset}" for path, offset in self.offsets.items()]
         flags += [f"-D{name}={number}ULL" for name, number in self.numbers.items()]
+        for stretch, names in _STRETCHES.items():
+            first, last = (pick(self.numbers[name] for name in names) for pick in (min, max))
+            flags += [f"-D{stretch}_FIRST={first}", f"-D{stretch}_COUNTERS={last - first + 1}"]
         flags += [f"-DPROBE_LISTENER={first_probe}", f"-DLISTENER_EVENTS_PER_WINDOW={self.events_per_second // 10}"]
         for hook in HOOKS:
             name = hook.function
@@ -184,7 +191,8 @@ def plan_listener() -> ListenerPlan:
         for name, function in known.items()
     }
     arguments = {name: function.arguments for name, function in known.items()}
-    numbers = {**types.enumerators(_COUNTERS), "PER_CPU_OFFSETS": _address_of("__per_cpu_offset")}
+    counters = types.enumerators(name for names in _STRETCHES.values() for name in names)
+    numbers = {**counters, "PER_CPU_OFFSETS": _address_of("__per_cpu_offset")}
     return ListenerPlan(rungs, arguments, types.offsets(_MEMBERS), numbers, missing)
 
 

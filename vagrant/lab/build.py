@@ -2,7 +2,7 @@
 """Builds the Redis servers of the lab from pinned sources and prints the path of each.
 
 Examples:
-    build.py                      build all of them
+    build.py                      build all of them, but for those that only the internet has, where there is none
     build.py 2.8.17 5.0.6         build these two
     build.py --list               say what can be built, and what is built
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import http.client
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,16 +46,30 @@ BUILD_STEPS = 1
 
 APT_PACKAGES = {"gcc": "gcc", "make": "make", "autoconf": "autoconf", "patch": "patch"}
 LIBC_HEADER = Path("/usr/include/stdio.h")
+DOWNLOAD_TIMEOUT_S = 30.0
+
+
+class UnreachableError(LabError):
+    """A source that is only to be had from the internet, from where there is none."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One release of Redis inside an sdist: how pip names it, its file, its SHA-256, Redis's folder in it."""
+    """One release of Redis: its archive's file and SHA-256, Redis's folder in it, and where the archive comes from.
 
-    requirement: str
+    Attributes:
+        requirement: how pip names the sdist that holds it; url: or where Redis's own archive is.
+    """
+
     file: str
     folder: str
     sha256: str
+    requirement: str = ""
+    url: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.requirement) == bool(self.url):
+            raise TypeError(f'{self.file} needs either "requirement" or "url"')
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ class Build:
         contents = {
             "steps": BUILD_STEPS,
             "machine": platform.machine(),
-            "source": asdict(self.source),
+            "source": {name: value for name, value in asdict(self.source).items() if value},
             "make": self.make,
             "patches": {name: (HERE / "patches" / name).read_text() for name in self.patches},
         }
@@ -131,7 +147,7 @@ def make_server(build: Build, builds: dict[str, Build], prefix: Path) -> Path:
             base_tree = _base_tree(builds[build.base], builds, prefix)
             shutil.copytree(base_tree, tree, symlinks=True)
         else:
-            _unpack(build.source, _fetch(build.source, prefix / "sources", log), tree)
+            _unpack(build.source, fetch(build.source, prefix / "sources", log), tree)
             _prepare_jemalloc(tree / "deps" / "jemalloc", log)
         for patch in build.patches:
             _step(["patch", "-p1", "--forward", "--input", str(HERE / "patches" / patch)], tree, log)
@@ -152,34 +168,39 @@ def _base_tree(base: Build, builds: dict[str, Build], prefix: Path) -> Path:
     return tree
 
 
-def _fetch(source: Source, folder: Path, log: Path) -> Path:
-    """Return the path of the verified sdist, downloading it with pip when it is not there.
-
-    pip builds an sdist's metadata even to download it, and the old setup.py files need bdist_wheel for
-    that: leave build isolation on, which brings a setuptools that has it.
-    """
+def fetch(source: Source, folder: Path, log: Path) -> Path:
+    """Return the path of the verified archive, downloading it when it is not there."""
     archive = folder / source.file
     if not archive.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _note(f"downloading {source.requirement}")
+        _note(f"downloading {source.requirement or source.url}")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            package = source.requirement.partition("==")[0]
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "--disable-pip-version-check",
-                "download",
-                "--quiet",
-                "--no-deps",
-            ]
-            remedy = f"or put {source.file} into {folder} by hand"
-            _step([*pip, "--no-binary", package, "--dest", scratch, source.requirement], folder, log, remedy)
+            download = _download_sdist if source.requirement else _download_archive
+            download(source, Path(scratch), log, f"or put {source.file} into {folder} by hand")
             (Path(scratch) / source.file).replace(archive)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != source.sha256:
         raise LabError(f"{archive} has SHA-256 {digest}, not the pinned {source.sha256}; delete it and try again")
     return archive
+
+
+def _download_sdist(source: Source, into: Path, log: Path, remedy: str) -> None:
+    """Download with pip.
+
+    It builds an sdist's metadata even to download it, and the old setup.py files need bdist_wheel for that:
+    leave build isolation on, which brings a setuptools that has it.
+    """
+    package = source.requirement.partition("==")[0]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    _step([*pip, "--no-binary", package, "--dest", str(into), source.requirement], into.parent, log, remedy)
+
+
+def _download_archive(source: Source, into: Path, log: Path, remedy: str) -> None:
+    try:
+        with urllib.request.urlopen(source.url, timeout=DOWNLOAD_TIMEOUT_S) as response:
+            (into / source.file).write_bytes(response.read())
+    except (OSError, http.client.HTTPException) as error:
+        raise UnreachableError(f"cannot download {source.url}: {error}; go online, {remedy}") from error
 
 
 def _unpack(source: Source, archive: Path, tree: Path) -> None:
@@ -291,7 +312,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.names or builds:
             if name not in builds:
                 raise LabUsageError(f'there is no build "{name}"; choose among {", ".join(builds)}')
-            print(make_server(builds[name], builds, prefix), flush=True)
+            try:
+                print(make_server(builds[name], builds, prefix), flush=True)
+            except UnreachableError as error:
+                if options.names:
+                    raise
+                _note(f"{name}: left out: {error}")
     except LabError as error:
         _note(f"build.py: {error}")
         return error.exit_code
