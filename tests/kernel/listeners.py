@@ -91,14 +91,21 @@ class Namespace:
         server.listen(backlog)
         return server
 
-    def connect(self, server: socket.socket, count: int, address: str = "", *, tries: int = 3) -> list[socket.socket]:
-        """Return clients that have begun to connect; each sends no more than that many SYNs."""
+    def connect(
+        self, server: socket.socket, count: int, address: str = "", *, tries: int = 3, cpu: int = 0
+    ) -> list[socket.socket]:
+        """Return clients that have begun to connect; each sends no more than that many SYNs.
+
+        All from one CPU, on which loopback then handles their packets too, one after the other: a queue that two
+        CPUs fill at once has the same length for both.
+        """
         host, port = server.getsockname()[:2]
         clients = self.sockets(count, _family(address or host))
-        for client in clients:
-            client.setsockopt(socket.IPPROTO_TCP, TCP_SYNCNT, tries - 1)
-            client.setblocking(False)
-            client.connect_ex((address or host, port))
+        with on_cpu(cpu):
+            for client in clients:
+                client.setsockopt(socket.IPPROTO_TCP, TCP_SYNCNT, tries - 1)
+                client.setblocking(False)
+                client.connect_ex((address or host, port))
         return clients
 
     def connect_to_full(self, server: socket.socket, count: int, holds: int) -> list[socket.socket]:
@@ -125,6 +132,18 @@ class Namespace:
         self._counters.close()
         self._process.kill()
         self._process.wait()
+
+
+@contextmanager
+def on_cpu(cpu: int) -> Iterator[None]:
+    """Keep this thread on one CPU, or leave it alone where that is not there."""
+    before = os.sched_getaffinity(0)
+    if cpu in before:
+        os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextmanager

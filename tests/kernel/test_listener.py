@@ -406,14 +406,14 @@ def test_a_queue_that_fills_and_drains_all_the_time(loaded: Watchers, place: Nam
         while not ended.is_set():
             accept_all(listening)
 
-    def connect() -> None:
+    def connect(cpu: int) -> None:
         for _ in range(40):
-            close_all(place.connect(listening, 20, tries=2))
+            close_all(place.connect(listening, 20, tries=2, cpu=cpu))
 
     with place.listen(1) as listening:
         loaded.watch(place, listening)
         loaded.begin(place)
-        threads = [threading.Thread(target=connect) for _ in range(2)]
+        threads = [threading.Thread(target=connect, args=(cpu,)) for cpu in range(2)]
         server = threading.Thread(target=accept)
         for thread in (server, *threads):
             thread.start()

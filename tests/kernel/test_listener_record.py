@@ -15,7 +15,7 @@ import pytest
 from lab import LabError, incident
 from lab.recipes import RECIPES
 from lab.server import find_server, running_server
-from listeners import ACCEPT_QUEUE_FULL, ACCEPTED, ENQUEUED, OVERFLOWS, TCP_SYNCNT, close_all, names_of
+from listeners import ACCEPT_QUEUE_FULL, ACCEPTED, ENQUEUED, OVERFLOWS, TCP_SYNCNT, close_all, names_of, on_cpu
 from tracing import Rows, inside, recording, require_tracing, until
 
 from stallscope.tracer.capture.listener import KPROBE_RUNG, plan_listener
@@ -78,10 +78,11 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Stalled:
         blocker.sendall(b"DEBUG SLEEP 5\r\n")
         until(lambda: Path(f"/proc/{pid}/syscall").read_text().split()[0] in NANOSLEEPS, "the server sleeps")
         clients = [stack.enter_context(socket.socket()) for _ in range(CONNECTS)]
-        for client in clients:
-            client.setsockopt(socket.IPPROTO_TCP, TCP_SYNCNT, 1)
-            client.setblocking(False)
-            client.connect_ex((HOST, port))
+        with on_cpu(0):
+            for client in clients:
+                client.setsockopt(socket.IPPROTO_TCP, TCP_SYNCNT, 1)
+                client.setblocking(False)
+                client.connect_ex((HOST, port))
         assert blocker.recv(16) == b"+OK\r\n"
         recorder.wait_until_it_has(HOLDS, ACCEPTED)
         peers = names_of(clients)
