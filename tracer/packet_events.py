@@ -8,8 +8,8 @@ THIRD_ACK = "third ACK"
 THIRD_ACK_AGAIN = "third ACK repeated"
 RST_FROM_SERVER = "RST from server"
 RST_FROM_CLIENT = "RST from client"
-DATA_AGAIN_FROM_CLIENT = "data retransmitted by client"
-DATA_AGAIN_FROM_SERVER = "data retransmitted by server"
+AGAIN_FROM_CLIENT = "data or FIN retransmitted by client"
+AGAIN_FROM_SERVER = "data or FIN retransmitted by server"
 
 EVENTS = (
     SYN,
@@ -20,6 +20,6 @@ EVENTS = (
     THIRD_ACK_AGAIN,
     RST_FROM_SERVER,
     RST_FROM_CLIENT,
-    DATA_AGAIN_FROM_CLIENT,
-    DATA_AGAIN_FROM_SERVER,
+    AGAIN_FROM_CLIENT,
+    AGAIN_FROM_SERVER,
 )
