@@ -34,7 +34,11 @@ def imported_tables(
     Args:
         kinds: index in ``KINDS`` of every row; start, duration: of every row, ns.
     """
-    places = {kind: np.flatnonzero(kinds == KINDS.index(kind)) for kind in (PACKET, IMPORTED_SPAN, IMPORTED_SAMPLE)}
+    # a row of no listed import is damaged
+    listed = column(recording, "tid") < len(recording.manifest.imports)
+    places = {
+        kind: np.flatnonzero((kinds == KINDS.index(kind)) & listed) for kind in (PACKET, IMPORTED_SPAN, IMPORTED_SAMPLE)
+    }
     return ImportedTables(
         _packets(recording, places[PACKET], start),
         _spans(recording, places[IMPORTED_SPAN], start, duration),
@@ -94,7 +98,8 @@ def _samples(recording: Recording, rows: Ints, start: npt.NDArray[np.uint64]) ->
             "file": column(recording, "tid")[rows].astype(np.int64),
         }
     )
-    return frame.sort_values(["name", "time_ns"], kind="stable", ignore_index=True)
+    finite = frame.loc[np.isfinite(frame["value"].to_numpy())]
+    return finite.sort_values(["name", "time_ns"], kind="stable", ignore_index=True)
 
 
 def _unit(probe: ProbeInfo) -> str:
