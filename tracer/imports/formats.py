@@ -20,7 +20,7 @@ from stallscope.tracer.layout import EVENT
 MAX_TEXT_BYTES = 512 << 20
 
 _ACCEPTED = (
-    "a pcap or pcapng capture, or what redis-cli prints for SLOWLOG GET, LATENCY HISTORY, LATENCY LATEST or INFO"
+    "a capture (pcap, pcapng), or what redis-cli prints for SLOWLOG GET, LATENCY HISTORY, LATENCY LATEST or INFO"
 )
 
 

@@ -57,7 +57,10 @@ class Section:
 
 
 def sections(text: str) -> list[Section]:
-    """Return a text cut at the lines that begin with redis-cli's prompt, as ``127.0.0.1:6379> slowlog get``."""
+    """Return a text cut at the lines that begin with redis-cli's prompt, as ``127.0.0.1:6379> slowlog get``.
+
+    What comes before the first of them is left out; without any the text is one section.
+    """
     found: list[tuple[tuple[str, ...], list[str]]] = [((), [])]
     for line in text.splitlines():
         match = _PROMPT.fullmatch(line.rstrip()) if "> " in line else None
@@ -65,7 +68,7 @@ def sections(text: str) -> list[Section]:
             found.append((tuple(match[1].split()), []))
         else:
             found[-1][1].append(line)
-    return [Section(command, tuple(lines)) for command, lines in found if command or any(map(str.strip, lines))]
+    return [Section(command, tuple(lines)) for command, lines in found[1:] or found]
 
 
 def error_of(lines: tuple[str, ...]) -> str:

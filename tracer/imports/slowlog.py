@@ -34,7 +34,9 @@ class Entry:
     def text(self) -> str:
         """Return the command and who sent it, for the reader."""
         name = f" ({self.client_name})" if self.client_name else ""
-        return shortened(" ".join(self.arguments)) + (f" from {self.client}{name}" if self.client else "")
+        return shortened(" ".join(" ".join(self.arguments).split())) + (
+            f" from {self.client}{name}" if self.client else ""
+        )
 
 
 def entries(replies: Iterable[Reply]) -> list[Entry] | None:
