@@ -69,7 +69,7 @@ def _nested(value: list[Any]) -> list[Entry] | None:
 
 
 def _flat(value: list[Any]) -> list[Entry] | None:
-    """Return the entries of a reply that was printed flat; an entry begins with three numbers.
+    """Return the entries of a reply that was printed flat; an entry begins with three numbers and a command.
 
     In raw form an argument may look like a number: there the server's numbering decides, which goes down by
     one from entry to entry.
@@ -78,6 +78,8 @@ def _flat(value: list[Any]) -> list[Entry] | None:
     for place in range(len(value) - 3):
         numbers = [number(item) for item in value[place : place + 3]]
         if not is_wall_s(numbers[1]) or numbers[0] is None or numbers[2] is None:
+            continue
+        if number(value[place + 3]) is not None:
             continue
         if starts and (place < starts[-1] + 4 or not _follows(value, starts, numbers[0], numbers[1])):
             continue

@@ -201,9 +201,7 @@ def _clock_notes(manifest: Manifest, ended_ns: int) -> tuple[Note, ...]:
     drift_ns = _drift_ns(manifest)
     if abs(drift_ns) <= _MAX_DRIFT_NS + _MAX_DRIFT_RATIO * max(ended_ns - manifest.started_ns, 0):
         return ()
-    text = (
-        f"the wall clock was set by {format_duration_ns(drift_ns)} while recording: imported rows may lie off by that"
-    )
+    text = f"the wall clock was set by {format_duration_ns(drift_ns)} while recording: imported rows may be off by that"
     return () if any(note.text == text for note in manifest.notes) else (Note(ended_ns, text),)
 
 
