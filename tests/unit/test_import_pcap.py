@@ -150,7 +150,7 @@ class TestPcapng:
         content = section() + interface() + block(3, struct.pack("<I", len(frame)) + frame) + enhanced(PACKETS[1])
         segments, capture, _ = read(content)
         assert times(segments) == expected()[1:2]
-        assert capture.notes == ["1 packets have no time (simple packet blocks) and were left out"]
+        assert capture.notes == ["packets without a time (simple packet blocks) were left out: 1"]
 
     @pytest.mark.parametrize(
         ("rest", "why"),

@@ -305,7 +305,11 @@ class TestCommand:
         assert not (tmp_path / "out.stall").exists()
 
     def test_of_what_is_not_there_or_a_folder_is_one_line(self, tmp_path: Path) -> None:
-        for path, said in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        for path, said in (
+            (tmp_path / "none", "No such file"),
+            (tmp_path, "it is not a file"),
+            (Path("/dev/null"), "it is not a file"),
+        ):
             done = run("import", path, "-o", tmp_path / "out.stall")
             assert (done.returncode, done.stderr.count("\n")) == (2, 1)
             assert said in done.stderr

@@ -51,6 +51,13 @@ def read_inputs(paths: Sequence[Path], ports: Iterable[int]) -> list[Input]:
 
 
 def _start(path: Path) -> bytes:
+    """Return the first bytes of a file, as they are without compression.
+
+    Raises:
+        UsageError: it is a folder or a pipe, which cannot be read twice.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError("it is not a file; write what it gives to one first")
     with path.open("rb") as file:
         head = file.read(24)
     if head[:2] == GZIP_MAGIC:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.tracer.errors import UsageError
+from stallscope.tracer.imports.rows import NS_PER_S
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -31,7 +32,6 @@ _MAX_RECORD_BYTES = 16 << 20
 """No packet is longer (libpcap's largest snap length is 256 kB); a longer record means damage."""
 
 _MAX_WALL_NS = 2**62
-_NS_PER_S = 1_000_000_000
 
 _PCAP_MAGICS = {
     b"\xd4\xc3\xb2\xa1": ("<", 1000),
@@ -117,7 +117,7 @@ class Capture:
             self.format = "pcapng"
             yield from self._pieces(head, self._pcapng_piece)
             if self.untimed:
-                self.notes.append(f"{self.untimed:,} packets have no time (simple packet blocks) and were left out")
+                self.notes.append(f"packets without a time (simple packet blocks) were left out: {self.untimed:,}")
             return
         self.format = "pcap"
         self._order, unit_ns = _PCAP_MAGICS[head[:4]]
@@ -126,7 +126,7 @@ class Capture:
             return
         # the upper bits say how long the frame check sequence is
         link = struct.unpack_from(f"{self._order}I", head, 20)[0] & 0xFFFF
-        self._interfaces.append(_Interface(link, _NS_PER_S // unit_ns))
+        self._interfaces.append(_Interface(link, NS_PER_S // unit_ns))
         yield from self._pieces(b"", self._pcap_piece)
 
     def _pieces(self, tail: bytes, walk: _Walk) -> Iterator[Frames]:
@@ -176,7 +176,7 @@ class Capture:
         words = _Words(data, self._order)
         at = np.array(places, np.int64)
         interface = self._interfaces[0]
-        time_ns = words.u32(at) * _NS_PER_S + words.u32(at + 4) * (_NS_PER_S // interface.ticks_per_s)
+        time_ns = words.u32(at) * NS_PER_S + words.u32(at + 4) * (NS_PER_S // interface.ticks_per_s)
         link = np.full(len(at), interface.link, np.int64)
         frames = Frames(words.data, at + 16, words.u32(at + 8), words.u32(at + 12), link, time_ns)
         return frames, position, False, damage
@@ -303,17 +303,17 @@ def _nanoseconds(ticks: npt.NDArray[np.uint64], interface: _Interface) -> Ints:
         shift = np.uint64(interface.binary_shift)
         seconds = ticks >> shift
         fraction = (ticks & ((np.uint64(1) << shift) - np.uint64(1))).astype(np.float64)
-        rest = (fraction / float(2**interface.binary_shift) * _NS_PER_S).astype(np.uint64)
+        rest = (fraction / float(2**interface.binary_shift) * NS_PER_S).astype(np.uint64)
     else:
         per_s = np.uint64(interface.ticks_per_s)
         seconds = ticks // per_s
         fraction = (ticks % per_s).astype(np.float64)
-        rest = np.rint(fraction * (_NS_PER_S / interface.ticks_per_s)).astype(np.uint64)
-    limit_s = _MAX_WALL_NS // _NS_PER_S
+        rest = np.rint(fraction * (NS_PER_S / interface.ticks_per_s)).astype(np.uint64)
+    limit_s = _MAX_WALL_NS // NS_PER_S
     possible = seconds < limit_s
     wall_s = np.where(possible, seconds, 0).astype(np.int64) + min(max(interface.offset_s, -limit_s), limit_s)
     possible &= (wall_s >= 0) & (wall_s < limit_s)
-    return np.where(possible, wall_s * _NS_PER_S + rest.astype(np.int64), -1)
+    return np.where(possible, wall_s * NS_PER_S + rest.astype(np.int64), -1)
 
 
 _Walked = tuple["Frames | None", int, bool, str]

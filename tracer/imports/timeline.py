@@ -59,7 +59,7 @@ def place_in(recording: Recording, inputs: Sequence[Input], offset_ns: int = 0) 
         start_ns = _monotonic(_wall(item, offset_ns), manifest, ended_ns)
         length_ns = (item.rows["duration_ns"] + _uncertain(item)).astype(np.int64)
         place.add(item, start_ns, (start_ns + length_ns >= manifest.started_ns) & (start_ns <= ended_ns))
-    if any(len(item.rows) for item in inputs) and not len(place.events):
+    if any(item.outside for item in place.imports) and not any(item.rows for item in place.imports):
         raise UsageError(_far_outside(manifest, ended_ns, place.imports))
     return place.result(_clock_notes(manifest, ended_ns))
 
@@ -101,11 +101,6 @@ class _Placing:
         self._parts: list[npt.NDArray[np.void]] = []
         self.imports: list[ImportInfo] = []
 
-    @property
-    def events(self) -> npt.NDArray[np.void]:
-        """Return all rows that were kept so far."""
-        return joined_events(self._parts) if self._parts else empty_events()
-
     def add(self, item: Input, start_ns: Ints, kept: npt.NDArray[np.bool_]) -> None:
         """Take in the kept rows of an input, which start at these times."""
         rows = item.rows[kept]
@@ -145,7 +140,8 @@ class _Placing:
             texts=tuple(self._texts),
             notes=(*self._manifest.notes, *notes),
         )
-        return Placed(self.events, manifest, tuple(self.imports))
+        events = joined_events(self._parts) if self._parts else empty_events()
+        return Placed(events, manifest, tuple(self.imports))
 
     def _probe(self, wanted: ProbeInfo) -> int:
         """Return the id of a probe in the recording's list, to which it is added if it is new."""
