@@ -23,7 +23,7 @@ def imported_lines(imported: ImportedSummary) -> list[str]:
         lines.append(f"INFO: {len(imported.samples) - SHOWN_SAMPLES:,} more fields are in the recording")
     for item in imported.files:
         if item.outside:
-            lines.append(f"{item.file}: {item.outside:,} rows before or after the recording were left out")
+            lines.append(f"{item.file}: {_count(item.outside, 'row')} before or after the recording left out")
         lines += [f"{item.file}: {note}" for note in item.notes]
     return lines
 
@@ -65,7 +65,7 @@ def _capture(capture: CaptureSummary, file: str) -> Iterator[str]:
 
 def _span(source: SpanSource, stalls: int) -> str:
     if not source.count:
-        text = f"{source.source}: nothing"
+        text = f"{source.source}: nothing in the recording's time"
     else:
         what = f" ({source.longest_text})" if source.longest_text else ""
         entries = "1 entry" if source.count == 1 else f"{source.count:,} entries"

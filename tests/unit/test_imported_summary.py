@@ -158,7 +158,7 @@ class TestBesideARecording:
         log.write_text("127.0.0.1:6379> slowlog get\n(empty array)\n")
         done = run_import([log], storm, tmp_path / "all.stall")
         assert imported(done.path).spans == (SpanSource("SLOWLOG", 0, 0, "", 0),)
-        assert "SLOWLOG: nothing; none of the 1 stall is in it" in printed(done.path)
+        assert "SLOWLOG: nothing in the recording's time; none of the 1 stall is in it" in printed(done.path)
 
     @pytest.mark.parametrize(
         ("ended_s", "duration_ms", "stalls"),

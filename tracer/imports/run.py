@@ -69,6 +69,7 @@ def _lines(imports: Sequence[ImportInfo]) -> tuple[str, ...]:
         counted = ", ".join(f"{count:,} {what}" for what, count in item.counts.items())
         told = ", ".join(part for part in (item.format, counted) if part) or "nothing in it"
         outside = f", {item.outside:,} outside the recording left out" if item.outside else ""
-        lines.append(f"{item.file}: {told}: {item.rows:,} rows{outside}")
+        rows = "1 row" if item.rows == 1 else f"{item.rows:,} rows"
+        lines.append(f"{item.file}: {told}: {rows}{outside}")
         lines += [f"{item.file}: {note}" for note in item.notes]
     return tuple(lines)
