@@ -112,16 +112,15 @@ def find_attempts(packets: pd.DataFrame) -> pd.DataFrame:
     wait_ns          int64    ns    from the first SYN to the answer; without one, to the last SYN
     ================ ======== ===== =====================================================================
     """
-    event = packets["event"].astype(str).to_numpy()
-    syn = np.isin(event, (names.SYN, names.SYN_AGAIN))
-    syn_ack = np.isin(event, (names.SYN_ACK, names.SYN_ACK_AGAIN))
+    syn = _are(packets, names.SYN, names.SYN_AGAIN)
+    syn_ack = _are(packets, names.SYN_ACK, names.SYN_ACK_AGAIN)
     time_ns = packets["time_ns"].to_numpy()
     group = _attempt_numbers(packets)
     count = int(group.max()) + 1 if len(group) else 0
     syns = np.bincount(group[syn], minlength=count)
     first_ns, answered_ns = _first(group, time_ns, syn, count), _first(group, time_ns, syn_ack, count)
-    established_ns = _first(group, time_ns, event == names.THIRD_ACK, count)
-    reset_ns = _first(group, time_ns, event == names.RST_FROM_SERVER, count)
+    established_ns = _first(group, time_ns, _are(packets, names.THIRD_ACK), count)
+    reset_ns = _first(group, time_ns, _are(packets, names.RST_FROM_SERVER), count)
     last_syn_ns = np.full(count, _NEVER, np.int64)
     last_syn_ns[group[syn]] = time_ns[syn]
     row = np.zeros(count, np.int64)
@@ -150,9 +149,8 @@ def unanswered_syns(packets: pd.DataFrame) -> pd.DataFrame:
 
     Columns: those of ``packets``.
     """
-    event = packets["event"].astype(str).to_numpy()
-    syn = np.isin(event, (names.SYN, names.SYN_AGAIN))
-    rows = np.flatnonzero(syn | np.isin(event, (names.SYN_ACK, names.SYN_ACK_AGAIN, names.RST_FROM_SERVER)))
+    syn = _are(packets, names.SYN, names.SYN_AGAIN)
+    rows = np.flatnonzero(syn | _are(packets, names.SYN_ACK, names.SYN_ACK_AGAIN, names.RST_FROM_SERVER))
     group = _attempt_numbers(packets)[rows]
     order = np.argsort(group, kind="stable")
     rows, group = rows[order], group[order]
@@ -212,6 +210,10 @@ def _summary(
         retransmissions_by_client=int(events.get(names.AGAIN_FROM_CLIENT, 0)),
         retransmissions_by_server=int(events.get(names.AGAIN_FROM_SERVER, 0)),
     )
+
+
+def _are(packets: pd.DataFrame, *events: str) -> npt.NDArray[np.bool_]:
+    return packets["event"].isin(events).to_numpy()
 
 
 def _attempt_numbers(packets: pd.DataFrame) -> Ints:
