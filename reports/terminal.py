@@ -11,6 +11,7 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from stallscope.reports.imported import imported_lines
 from stallscope.tracer.analysis.functions import FieldSummary, FunctionSummary
 from stallscope.tracer.analysis.requests import RefusedConnections, RequestSummary
 from stallscope.tracer.analysis.stalls import ITERATIONS
@@ -66,6 +67,9 @@ def _parts(summary: Summary, width: int) -> Iterable[list[_Line]]:
         yield _queues(summary)
     if summary.requests:
         yield _requests(summary.requests)
+    if summary.imported:
+        lines = imported_lines(summary.imported)
+        yield [_title("Imported"), *(Padding(Text(_plain(line)), _INDENT) for line in lines)]
     yield _trust(summary)
 
 

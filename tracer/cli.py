@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import doctor, probes, record, summary
+from stallscope.tracer.commands import doctor, imports, probes, record, summary
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -25,7 +25,7 @@ def cli() -> None:
     """
 
 
-for _command in (record.record, summary.summary, probes.probes, doctor.doctor):
+for _command in (record.record, summary.summary, imports.import_, probes.probes, doctor.doctor):
     cli.add_command(_command)
 
 

@@ -26,7 +26,11 @@ ACCEPT = "accept"
 QUEUE = "queue"
 COUNTER = "counter"
 LISTENER = "listener"
-KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER, LISTENER)
+PACKET = "packet"
+IMPORTED_SPAN = "imported span"
+IMPORTED_SAMPLE = "imported sample"
+KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER, LISTENER, PACKET, IMPORTED_SPAN, IMPORTED_SAMPLE)
+"""Only ever added to, at the end; rows of a kind that is not known are left out and counted."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,33 @@ class Note:
 
 
 @dataclass(frozen=True)
+class ImportInfo:
+    """One input of ``stallscope import``; rows of other tools name it by its place in the manifest's list.
+
+    Attributes:
+        file: its name as given; several names, joined with ", ", where one capture was written in parts.
+        format: ``pcap``, ``pcapng``, ``SLOWLOG``, ``LATENCY`` or ``INFO``, "" of a file that held nothing.
+        rows: how many of the recording's rows came from it.
+        outside: how many rows were left out, because they lie before or after the recording.
+        first_wall_ns, last_wall_ns: time of its first and last row, before any was left out, ``offset_ns`` added;
+            ns since 1970, 0 where it had no row.
+        offset_ns: what was added to its clock.
+        counts: what was counted while it was read, by what it is ("packets": 1204).
+        notes: what makes it incomplete, one line each.
+    """
+
+    file: str
+    format: str
+    rows: int
+    outside: int = 0
+    first_wall_ns: int = 0
+    last_wall_ns: int = 0
+    offset_ns: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that is known before or between the rows.
 
@@ -148,6 +179,7 @@ class Manifest:
         rungs: what each part was measured on: {"functions": "uprobe", "event loop": "raw tracepoint", ...}.
         counter_names: what a counter sample's ``counter`` field indexes.
         cost: what tracing cost (see recorder), filled by the footer.
+        imports: where the rows of other tools came from; texts: what their ``stack`` column indexes.
     """
 
     started_ns: int
@@ -168,6 +200,8 @@ class Manifest:
     wall_offset_end_ns: int = 0
     ended_by: str = ""
     cost: dict[str, float] = field(default_factory=dict)
+    imports: tuple[ImportInfo, ...] = ()
+    texts: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:

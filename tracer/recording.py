@@ -103,20 +103,27 @@ class RecordingWriter:
         self._stream.close()
         self._file.close()
 
+    def copy(self, batch: pa.RecordBatch, counters: dict[str, Any] | None) -> None:
+        """Append a batch of another recording, with the snapshot of counters that was beside it."""
+        side = {METADATA_KEY: json.dumps({"counters": counters})} if counters is not None else None
+        self._send(batch, side)
+
     def abandon(self) -> None:
         """Close the file without a footer: it stays readable and says that it was cut short."""
         self._file.close()
 
     def _write(self, events: npt.NDArray[np.void], side: dict[str, Any]) -> None:
-        metadata = {METADATA_KEY: json.dumps(side)} if side else None
+        self._send(_batch(events, self._schema), {METADATA_KEY: json.dumps(side)} if side else None)
+
+    def _send(self, batch: pa.RecordBatch, metadata: dict[bytes, str] | None) -> None:
         try:
-            self._stream.write_batch(_batch(events, self._schema), custom_metadata=metadata)
+            self._stream.write_batch(batch, custom_metadata=metadata)
         except (OSError, pa.ArrowException) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise StallscopeError(
                 f"cannot write {self.path}: {reason}; what was recorded before is readable"
             ) from error
-        self.rows += len(events)
+        self.rows += batch.num_rows
 
     def __enter__(self) -> RecordingWriter:
         return self
@@ -213,6 +220,24 @@ def _batches(reader: pa.RecordBatchStreamReader) -> Iterator[tuple[pa.RecordBatc
         if any(column.null_count for column in batch.columns):
             return
         yield batch, side if isinstance(side, dict) else {}
+
+
+def extend_recording(recording: Recording, path: Path, events: npt.NDArray[np.void], manifest: Manifest) -> None:
+    """Write a copy of a recording with records added (dtype ``EVENT``, shape (n,)), under another manifest.
+
+    One that was cut short stays so. The recording itself is not changed.
+
+    Raises:
+        StallscopeError: the copy cannot be written.
+    """
+    with RecordingWriter(path, manifest) as writer:
+        with pa.memory_map(str(recording.path)) as source:
+            for batch, side in _batches(pa.ipc.open_stream(source)):
+                writer.copy(batch, side.get("counters"))
+        if recording.complete:
+            writer.finish(events, recording.counters or Counters(manifest.ended_ns, {}), manifest)
+        else:
+            writer.write(events)
 
 
 def joined_events(parts: Sequence[npt.NDArray[np.void]]) -> npt.NDArray[np.void]:

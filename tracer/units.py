@@ -33,6 +33,17 @@ def parse_duration_ns(text: str) -> int:
     return round(float(match[1]) * _UNIT_NS[match[2]])
 
 
+def parse_offset_ns(text: str) -> int:
+    """Return the duration with or without a sign, as ``-1.5s`` or ``+2m``, in nanoseconds.
+
+    Raises:
+        UsageError: what follows the sign is not a duration.
+    """
+    stripped = text.strip()
+    amount_ns = parse_duration_ns(stripped[1:] if stripped[:1] in ("+", "-") else stripped)
+    return -amount_ns if stripped.startswith("-") else amount_ns
+
+
 def format_duration_ns(duration_ns: float) -> str:
     """Return a duration with three significant digits and the unit that suits it, as ``1.43 s``."""
     for unit, size in (("s", 1_000_000_000), ("ms", 1_000_000), ("us", 1_000)):

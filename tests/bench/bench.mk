@@ -2,7 +2,7 @@
 #   make bench         everything: needs root, takes about 5 minutes
 #   make bench-quick   fewer and shorter rounds, about 2 minutes
 BENCH_JSON ?=
-BENCH_PACKAGES := $(DEMO_PACKAGES) bpftrace redis-server redis-tools
+BENCH_PACKAGES := $(DEMO_PACKAGES) bpftrace redis-server redis-tools tshark
 
 .PHONY: bench bench-quick bench-packages
 bench-packages: PACKAGES = $(BENCH_PACKAGES)

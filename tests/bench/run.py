@@ -26,7 +26,7 @@ from lab import LabError  # noqa: E402
 
 from stallscope.tracer.errors import StallscopeError  # noqa: E402
 
-BENCHES = ("attach", "reader", "memory", "hit", "throughput", "listener")
+BENCHES = ("attach", "reader", "memory", "hit", "throughput", "listener", "captures")
 EXIT_UNABLE = 4
 
 

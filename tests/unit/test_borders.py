@@ -48,6 +48,11 @@ def test_analysis_is_pure(forbidden: str) -> None:
     assert not {place for place in importers(forbidden) if place.startswith("tracer/analysis/")}
 
 
+@pytest.mark.parametrize("forbidden", ["stallscope.tracer.capture", "stallscope.tracer.analysis", "pandas", "click"])
+def test_reading_other_tools_needs_neither_capture_nor_analysis(forbidden: str) -> None:
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/imports/")}
+
+
 def test_nothing_imports_the_command_line() -> None:
     assert importers("stallscope.tracer.cli") == set()
     commands = importers("stallscope.tracer.commands")

@@ -12,6 +12,7 @@ import pandas as pd
 
 from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.functions import FunctionSummary, summarise_functions
+from stallscope.tracer.analysis.imported import ImportedSummary, summarise_imported
 from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.overflows import LISTEN_OVERFLOWS, NOT_ATTRIBUTABLE, increases, listener_step
 from stallscope.tracer.analysis.requests import (
@@ -199,6 +200,7 @@ class Summary:
         loop: None when the event loop was not observed.
         warnings: what makes numbers incomplete; notes: what happened, time since the start.
         cost: what tracing cost, as the recorder measured it.
+        imported: what other tools said, None where nothing was imported.
     """
 
     verdict: str
@@ -229,6 +231,7 @@ class Summary:
     warnings: tuple[str, ...]
     notes: tuple[Note, ...]
     cost: dict[str, float]
+    imported: ImportedSummary | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data: ``_ns``, ``_bytes`` and ``_share`` say the unit of every number."""
@@ -275,6 +278,7 @@ def summarise(analysis: Analysis) -> Summary:
         warnings=(),
         notes=tuple(Note(note.time_ns - manifest.started_ns, note.text) for note in manifest.notes),
         cost=manifest.cost,
+        imported=summarise_imported(tables, stalls),
     )
     summary = dataclasses.replace(summary, warnings=warnings(summary, tables, nested))
     return dataclasses.replace(summary, verdict=sentence(summary))

@@ -56,6 +56,33 @@ requests: one row per kept event of a listener in the kernel; sorted by ``listen
     peer_port        int64          the client's port
     wait_ns          int64    ns    ``connection accepted``: from the enqueue to accept(); others 0
     ================ ======== ===== ===================================================================
+
+What ``stallscope import`` added; ``file`` is the place in the recording's list of imports:
+
+packets: one row per kept packet of a capture; sorted by ``file``, ``time_ns``.
+    time_ns       int64    ns   when it was captured
+    event         category      what the packet is: one of ``packet_events.EVENTS``
+    file          int64         the capture
+    connection    int64         number of the connection attempt in that capture; the same for all its packets
+    listener      int64         index in the recording's listener list, by port; -1: none has that port
+    server        category      the server's address and port, as ``192.0.2.1:6379``; "" where not kept
+    port          int64         the server's port
+    peer_high, peer_low, peer_port   the client, as in ``requests``
+
+imported_spans: one row per SLOWLOG entry or LATENCY sample; sorted by ``start_ns``.
+    start_ns      int64    ns   the earliest it can have begun
+    duration_ns   int64    ns   as Redis measured it
+    uncertain_ns  int64    ns   it may have begun this much later: Redis tells whole seconds
+    source        category      ``SLOWLOG``, or ``LATENCY`` and the event's name
+    text          category      the command and its client; "" where there is none
+    file          int64         the input
+
+imported_samples: one row per number of an INFO dump; sorted by ``name``, ``time_ns``.
+    time_ns       int64    ns   when INFO was asked
+    name          category      the field of INFO, as ``connected_clients``
+    value         float64       its value, in ``unit``
+    unit          category      ``B``, ``s``, ``clients``, ``commands/s``; "" for a plain number
+    file          int64         the input
 """
 
 from __future__ import annotations
@@ -68,7 +95,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from stallscope.probes.catalogue import Field
+from stallscope.tracer.analysis.imported_tables import imported_tables
+from stallscope.tracer.analysis.rows import Ints as Ints
+from stallscope.tracer.analysis.rows import column, field_values, of_probe
+from stallscope.tracer.analysis.rows import extract as extract
 from stallscope.tracer.errors import RecordingError
 from stallscope.tracer.layout import MAX_SPAN_NS, mark_unfinished
 from stallscope.tracer.manifest import (
@@ -83,8 +113,6 @@ from stallscope.tracer.manifest import (
     ProbeInfo,
 )
 from stallscope.tracer.recording import Recording
-
-Ints = npt.NDArray[np.int64]
 
 NS_PER_S = 1_000_000_000
 _MAX_TIME_NS = 2**62
@@ -108,6 +136,9 @@ class Tables:
     queues: pd.DataFrame
     counters: pd.DataFrame
     requests: pd.DataFrame
+    packets: pd.DataFrame
+    imported_spans: pd.DataFrame
+    imported_samples: pd.DataFrame
     end_ns: int
     damaged_rows: int
     unknown_rows: int
@@ -151,18 +182,6 @@ class Tables:
         return self._values[slot]
 
 
-def extract(values: npt.NDArray[np.uint64], item: Field) -> npt.NDArray[Any]:
-    """Return the number a field holds in these values of its slot; int64, or uint64 for 64 unsigned bits."""
-    shifted = values >> np.uint64(item.shift)
-    if item.bits >= 64:
-        return shifted.astype(np.int64) if item.signed else shifted
-    masked = (shifted & np.uint64((1 << item.bits) - 1)).astype(np.int64)
-    if not item.signed:
-        return masked
-    sign = np.int64(1 << (item.bits - 1))
-    return (masked ^ sign) - sign
-
-
 def build_tables(recording: Recording) -> Tables:
     """Return the rows of a recording by kind, checked, clipped to its end and sorted.
 
@@ -171,9 +190,9 @@ def build_tables(recording: Recording) -> Tables:
     """
     manifest = recording.manifest
     check_fields(manifest)
-    probe = _column(recording, "probe")
-    start = _column(recording, "start_ns")
-    duration = _column(recording, "duration_ns")
+    probe = column(recording, "probe")
+    start = column(recording, "start_ns")
+    duration = column(recording, "duration_ns")
     unfinished = mark_unfinished(duration)
     damaged = (start >= np.uint64(_MAX_TIME_NS)) | ((duration > np.uint64(MAX_SPAN_NS)) & ~unfinished)
     kinds = _kinds_by_probe(manifest)[probe]
@@ -182,6 +201,7 @@ def build_tables(recording: Recording) -> Tables:
     if damaged_rows:
         kinds = np.where(damaged, np.uint8(_UNKNOWN), kinds)
     end_ns = _end_ns(recording, start, duration, unfinished, damaged)
+    imported = imported_tables(recording, kinds, start, np.where(unfinished, np.uint64(0), duration))
     spans = _Spans(recording, kinds, start, duration, unfinished, end_ns)
     return Tables(
         recording=recording,
@@ -191,6 +211,9 @@ def build_tables(recording: Recording) -> Tables:
         queues=spans.samples(QUEUE, ("listener", "queue_length", "queue_limit", "drops"), ("listener",)),
         counters=spans.samples(COUNTER, ("namespace", "counter", "count"), ("namespace", "counter")),
         requests=spans.requests(),
+        packets=imported.packets,
+        imported_spans=imported.spans,
+        imported_samples=imported.samples,
         end_ns=end_ns,
         damaged_rows=damaged_rows,
         unknown_rows=unknown_rows,
@@ -239,7 +262,7 @@ class _Spans:
         unfinished = self._unfinished[rows]
         if unfinished.any():
             duration[unfinished] = np.maximum(self._end_ns - start[unfinished], 0)
-        tid = _column(self._recording, "tid")[rows]
+        tid = column(self._recording, "tid")[rows]
         order = span_order(tid, start, duration)
         if order is not None:
             start, duration, tid = start[order], duration[order], tid[order]
@@ -248,10 +271,10 @@ class _Spans:
             "start_ns": start,
             "duration_ns": duration,
             "tid": tid,
-            "pid": _column(self._recording, "pid")[rows],
+            "pid": column(self._recording, "pid")[rows],
         }
         if "probe" in more:
-            columns["probe"] = _column(self._recording, "probe")[rows]
+            columns["probe"] = column(self._recording, "probe")[rows]
         columns["unfinished"] = unfinished
         if "row" in more:
             columns["row"] = rows
@@ -261,40 +284,35 @@ class _Spans:
         """Return the spans of one kind with the fields of these names beside them."""
         frame = self.frame(kind, "probe", "row")
         for name in names:
-            frame[name] = self._field(kind, frame["row"].to_numpy(), frame["probe"].to_numpy(), name)
+            frame[name] = field_values(self._recording, kind, frame["row"].to_numpy(), frame["probe"].to_numpy(), name)
         return frame.drop(columns=["probe", "row"])
 
     def samples(self, kind: str, names: Sequence[str], keys: Sequence[str]) -> pd.DataFrame:
         """Return the samples of one kind, sorted by key and time."""
         rows = np.flatnonzero(self._kinds == KINDS.index(kind))
-        probe = _column(self._recording, "probe")[rows]
+        probe = column(self._recording, "probe")[rows]
         frame = pd.DataFrame({"time_ns": self._start[rows].astype(np.int64)})
         for name in names:
-            frame[name] = self._field(kind, rows, probe, name)
+            frame[name] = field_values(self._recording, kind, rows, probe, name)
         return frame.sort_values([*keys, "time_ns"], kind="stable", ignore_index=True)
 
     def requests(self) -> pd.DataFrame:
         """Return the listener events, sorted by listener and time."""
         rows = np.flatnonzero(self._kinds == KINDS.index(LISTENER))
-        probe = _column(self._recording, "probe")[rows]
-        known = [item for item in self._recording.manifest.probes if item.kind == LISTENER]
-        names = list(dict.fromkeys(item.name for item in known))
-        codes = np.zeros(len(rows), np.int64)
-        for item in known:
-            codes[probe == item.id] = names.index(item.name)
+        probe = column(self._recording, "probe")[rows]
         fields = {
-            name: self._field(LISTENER, rows, probe, name)
+            name: field_values(self._recording, LISTENER, rows, probe, name)
             for name in ("queue_length", "queue_limit", "peer_high", "peer_low", "peer_port")
         }
         frame = pd.DataFrame(
             {
                 "time_ns": self._start[rows].astype(np.int64),
-                "event": pd.Categorical.from_codes(codes, categories=pd.Index(names, dtype=object)),
-                "listener": _column(self._recording, "tid")[rows].astype(np.int64),
-                "pid": _column(self._recording, "pid")[rows],
+                "event": of_probe(self._recording.manifest, LISTENER, probe),
+                "listener": column(self._recording, "tid")[rows].astype(np.int64),
+                "pid": column(self._recording, "pid")[rows],
                 "queue_length": fields["queue_length"],
                 "queue_limit": fields["queue_limit"],
-                "syn_queue_length": _column(self._recording, "stack")[rows].astype(np.int64),
+                "syn_queue_length": column(self._recording, "stack")[rows].astype(np.int64),
                 "peer_high": fields["peer_high"].view(np.uint64),
                 "peer_low": fields["peer_low"].view(np.uint64),
                 "peer_port": fields["peer_port"],
@@ -302,18 +320,6 @@ class _Spans:
             }
         )
         return frame.sort_values(["listener", "time_ns"], kind="stable", ignore_index=True)
-
-    def _field(self, kind: str, rows: Ints, probe_ids: npt.NDArray[Any], name: str) -> Ints:
-        """Return one field of rows of one kind, int64; 0 where the probe does not declare it."""
-        result = np.zeros(len(rows), np.int64)
-        for probe in self._recording.manifest.probes:
-            item = next((item for item in probe.fields if item.name == name), None)
-            if probe.kind != kind or item is None:
-                continue
-            mine = probe_ids == probe.id
-            values = _column(self._recording, f"value{item.slot}")[rows[mine]]
-            result[mine] = extract(values, item).astype(np.int64)
-        return result
 
 
 def span_order(tid: npt.NDArray[np.uint32], start: Ints, duration: Ints) -> Ints | None:
@@ -376,8 +382,3 @@ def _end_ns(
         ends = start + np.where(unfinished, np.uint64(0), duration)
         known = max(known, int(ends.max(where=~damaged, initial=0)))
     return min(known, _MAX_TIME_NS)
-
-
-def _column(recording: Recording, name: str) -> npt.NDArray[Any]:
-    column: npt.NDArray[Any] = recording.table[name].to_numpy()
-    return column

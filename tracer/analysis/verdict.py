@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stallscope.tracer.analysis.imported import imported_sentence
 from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.requests import ACCEPTED, ENQUEUED, SYN_TAKEN, event_hits
 from stallscope.tracer.analysis.stalls import ITERATIONS
@@ -28,7 +29,7 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
     lines = []
     if not summary.complete:
         lines.append("the recording was cut short: calls and event loop iterations that had not ended are not in it")
-    if summary.stall_basis != ITERATIONS:
+    if summary.stall_basis != ITERATIONS and summary.targets:
         lines.append("the event loop was not observed: calls of the main thread stand for stalls")
     listener_events = {probe.name for probe in tables.manifest.probes if probe.kind == LISTENER}
     for loss in summary.losses:
@@ -132,6 +133,8 @@ def _of_nothing(summary: Summary) -> str:
     if sampled:
         fullest = max(sampled, key=lambda item: item.queue_max or 0)
         looked.append(f"an accept queue of at most {fullest.queue_max:,} of {fullest.queue_limit:,}, no overflows")
+    if not looked and summary.imported and (told := imported_sentence(summary.imported)):
+        return f"Nothing was traced. {told}"
     if not looked:
         return f"Nothing was observed in {format_duration_ns(summary.elapsed_ns)}: this says nothing about Redis."
     return f"Nothing wrong was seen in {format_duration_ns(summary.elapsed_ns)}: {'; '.join(looked)}."

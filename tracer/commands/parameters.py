@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stallscope.tracer.errors import UsageError
-from stallscope.tracer.units import parse_bytes, parse_duration_ns
+from stallscope.tracer.units import parse_bytes, parse_duration_ns, parse_offset_ns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only from c
 
 
 DURATION = _Parsed("duration", parse_duration_ns)
+OFFSET = _Parsed("offset", parse_offset_ns)
 SIZE = _Parsed("size", parse_bytes)
 
 
