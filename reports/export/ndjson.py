@@ -1,0 +1,43 @@
+"""NDJSON: each row of :mod:`rows` as a JSON object on a line of its own.
+
+What has no value in a row is left out. ``ndjson.schema.json`` beside this file is the published JSON Schema of a
+line; it also documents the columns of Parquet and CSV, which are the same.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from stallscope.reports.export import rows
+from stallscope.reports.export.arrow_text import joined, members, quoted, run_of_text
+from stallscope.tracer.analysis.analysis import Analysis
+
+
+def schema_text() -> str:
+    """Return the JSON Schema of a line."""
+    return files("stallscope.reports.export").joinpath("ndjson.schema.json").read_text(encoding="utf-8")
+
+
+def write(analysis: Analysis, out: BinaryIO) -> None:
+    """Write all rows."""
+    for batch in rows.batches(analysis):
+        pieces = [
+            joined(f'"{name}":', _values(column))
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            if column.null_count < len(column)
+        ]
+        out.write(run_of_text(joined("{", members(pieces), "}\n")))
+
+
+def _values(column: pa.Array) -> pa.Array:
+    """Return the column's values as JSON."""
+    if pa.types.is_timestamp(column.type):
+        return joined('"', rows.wall_clock_text(column), '"')
+    if pa.types.is_string(column.type):
+        # names repeat, so each is quoted once
+        encoded = column.dictionary_encode()
+        return quoted(encoded.dictionary.to_pylist()).take(encoded.indices)
+    return column
