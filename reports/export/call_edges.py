@@ -39,6 +39,10 @@ class Edges:
         """Return the edges from place ``low`` up to ``high``."""
         return Edges(self.call[low:high], self.enters[low:high], self.time_ns[low:high])
 
+    def where(self, keep: npt.NDArray[np.bool_]) -> Edges:
+        """Return some of the edges."""
+        return Edges(self.call[keep], self.enters[keep], self.time_ns[keep])
+
     def chunks(self) -> Iterator[Edges]:
         """Yield all edges in order, in parts small enough to be worked on at once."""
         for low in range(0, len(self), EDGES_A_CHUNK):

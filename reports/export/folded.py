@@ -21,10 +21,10 @@ def write(analysis: Analysis, out: BinaryIO) -> None:
     """Write all paths, by thread and in the order of the call tree."""
     nested = analysis.nested
     names = call_names(analysis.manifest)
-    by_path = nested.calls.groupby(["pid", "tid", "path"], sort=True)["self_ns"].sum()
+    by_path = nested.calls.groupby(["pid", "tid", "path"], sort=True)["self_ns"].sum().reset_index()
     processes = process_names(analysis.manifest, nested.calls["pid"].unique().tolist())
     lines = []
-    for (pid, tid, path), self_ns in by_path.items():
+    for pid, tid, path, self_ns in by_path.to_numpy().tolist():
         thread = f"{processes[pid]} ({pid})" + ("" if tid == pid else f" thread {tid}")
         frames = [thread, *(names[probe] for probe in nested.path(path))]
         self_us = round(self_ns / NS_PER_US)
