@@ -27,9 +27,19 @@ def members(pieces: Iterable[pa.Array]) -> pa.Array:
     return pc.binary_join_element_wise(*pieces, ",", null_handling="skip")
 
 
-def quoted(texts: Iterable[str | None]) -> pa.Array:
-    """Return the texts as JSON strings; None stays null."""
-    return pa.array([None if text is None else json.dumps(text) for text in texts], pa.string())
+def quoted(texts: pa.Array) -> pa.Array:
+    """Return texts as JSON strings, null ones as null; those that repeat are quoted once."""
+    encoded = texts.dictionary_encode()
+    different = [json.dumps(text) for text in encoded.dictionary.to_pylist()]
+    return pa.array(different, pa.string()).take(encoded.indices)
+
+
+def json_values(column: pa.Array) -> pa.Array:
+    """Return a column of text, times, numbers or booleans as JSON."""
+    if pa.types.is_timestamp(column.type):
+        # ISO 8601 as RFC 3339 has it, with nine digits of a second
+        return joined('"', pc.binary_replace_slice(column.cast(pa.string()), start=10, stop=11, replacement="T"), '"')
+    return quoted(column) if pa.types.is_string(column.type) else column
 
 
 def thousandths(values: npt.NDArray[np.int64]) -> pa.Array:

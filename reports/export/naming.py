@@ -19,6 +19,9 @@ KINDS = (
 )  # fmt: skip
 """The kinds of rows and of events; what they mean is in ``ndjson.schema.json``."""
 
+QUEUE_COUNTERS = {"queue_length": "accept queue length", "queue_limit": "accept queue limit", "drops": "socket drops"}
+"""What a sample of an accept queue tells, by column of the table ``queues``; all count connections."""
+
 
 def call_names(manifest: Manifest) -> dict[int, str]:
     """Return the name of each traced function by probe id: the symbol where one name stands for several."""

@@ -9,10 +9,8 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import BinaryIO
 
-import pyarrow as pa
-
 from stallscope.reports.export import rows
-from stallscope.reports.export.arrow_text import joined, members, quoted, run_of_text
+from stallscope.reports.export.arrow_text import joined, json_values, members, run_of_text
 from stallscope.tracer.analysis.analysis import Analysis
 
 
@@ -25,19 +23,8 @@ def write(analysis: Analysis, out: BinaryIO) -> None:
     """Write all rows."""
     for batch in rows.batches(analysis):
         pieces = [
-            joined(f'"{name}":', _values(column))
+            joined(f'"{name}":', json_values(column))
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
             if column.null_count < len(column)
         ]
         out.write(run_of_text(joined("{", members(pieces), "}\n")))
-
-
-def _values(column: pa.Array) -> pa.Array:
-    """Return the column's values as JSON."""
-    if pa.types.is_timestamp(column.type):
-        return joined('"', rows.wall_clock_text(column), '"')
-    if pa.types.is_string(column.type):
-        # names repeat, so each is quoted once
-        encoded = column.dictionary_encode()
-        return quoted(encoded.dictionary.to_pylist()).take(encoded.indices)
-    return column

@@ -40,6 +40,7 @@ from stallscope.reports.export.naming import (
     CALL_KIND,
     ITERATION_KIND,
     OVERFLOW_KIND,
+    QUEUE_COUNTERS,
     REQUEST_KIND,
     call_names,
     peer_addresses,
@@ -61,7 +62,6 @@ from stallscope.tracer.analysis.tables import Ints
 from stallscope.tracer.manifest import CALL, ProbeInfo
 
 STALL = "stall"
-QUEUE_COUNTERS = {"queue_length": "accept queue length", "queue_limit": "accept queue limit", "drops": "socket drops"}
 REQUEST_COLUMNS = ("queue_length", "queue_limit", "syn_queue_length", "peer_port")
 PHASES = (INSIDE, DRAIN, OUTSIDE)
 

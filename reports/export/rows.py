@@ -129,7 +129,11 @@ def _parts(analysis: Analysis) -> tuple[_Part, ...]:
         _Part(ABANDONED, len(gone.frame), gone.abandoned),
         _Part(ITERATION_KIND, len(tables.iterations), lambda low, high: _iterations(analysis, low, high)),
         _Part(ACCEPT_KIND, len(tables.accepts), lambda low, high: _plain(tables.accepts[low:high], "accept")),
-        _Part(QUEUE_KIND, len(tables.queues), lambda low, high: _queues(tables.queues[low:high], listeners)),
+        _Part(
+            QUEUE_KIND,
+            len(tables.queues),
+            lambda low, high: _queues(analysis, low, high, listeners),
+        ),
         _Part(COUNTER_KIND, len(tables.counters), lambda low, high: _counters(analysis, low, high)),
         _Part(REQUEST_KIND, len(tables.requests), lambda low, high: _requests(tables.requests[low:high], listeners)),
         _Part(OVERFLOW_KIND, len(overflows), lambda low, high: _overflows(overflows[low:high], listeners)),
@@ -232,9 +236,12 @@ def _plain(frame: pd.DataFrame, name: str) -> _Filled:
     return filled
 
 
-def _queues(frame: pd.DataFrame, listeners: dict[int, str]) -> _Filled:
+def _queues(analysis: Analysis, low: int, high: int, listeners: dict[int, str]) -> _Filled:
+    frame = analysis.tables.queues.iloc[low:high]
     filled = _plain(frame.rename(columns={"time_ns": "start_ns"}), "accept queue")
-    return filled | {"listener": _taken(_lookup(listeners), frame["listener"])}
+    owners = {listener.index: listener.pid for listener in analysis.manifest.listeners}
+    pid = frame["listener"].map(owners).fillna(-1)
+    return filled | {"listener": _taken(_lookup(listeners), frame["listener"]), "pid": _known(pid, -1)}
 
 
 def _counters(analysis: Analysis, low: int, high: int) -> _Filled:
@@ -302,8 +309,3 @@ def _array(values: Any, kind: pa.DataType, count: int) -> pa.Array:
     if values is None:
         return pa.nulls(count, kind)
     return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values).cast(kind)
-
-
-def wall_clock_text(time: pa.Array) -> pa.Array:
-    """Return wall-clock times as ISO 8601 texts with nine digits of a second, as RFC 3339 has them."""
-    return pc.binary_replace_slice(time.cast(pa.string()), start=10, stop=11, replacement="T")
