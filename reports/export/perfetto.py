@@ -243,7 +243,8 @@ class _Trace:
         order = np.argsort(stall, kind="stable")
         order = order[stall[order] >= 0]
         stalls, first = np.unique(stall[order], return_index=True)
-        return dict(zip(stalls.tolist(), np.split(self._flow[order], first[1:]), strict=True))
+        parts = np.split(self._flow[order], first)[1:]
+        return dict(zip(stalls.tolist(), parts, strict=True))
 
 
 def _known(values: Ints, unknown: int) -> Values:
