@@ -92,7 +92,8 @@ def _names(analysis: Analysis) -> Iterator[dict[str, Any]]:
 
 
 def _calls(columns: _Columns) -> Iterator[pa.Array]:
-    yield _event("X", columns, _name(columns), columns["since_start_ns"], _duration(columns), _args(columns))
+    duration = joined('"dur":', thousandths(columns["duration_ns"].to_numpy()))
+    yield _event("X", columns, _name(columns), columns["since_start_ns"], duration, _args(columns))
 
 
 def _async(columns: _Columns) -> Iterator[pa.Array]:
@@ -152,12 +153,10 @@ def _event(phase: str, columns: _Columns, name: pa.Array, since_start_ns: pa.Arr
     return joined(f'{{"ph":"{phase}",', members([*pieces, *more]), "}")
 
 
-def _duration(columns: _Columns) -> pa.Array:
-    return joined('"dur":', thousandths(columns["duration_ns"].to_numpy()))
-
-
 def _args(columns: _Columns) -> pa.Array:
-    """Return ``"args"`` of each row, with every column that has a value and is not told elsewhere."""
+    """Return ``"args"`` of each row: every column that has a value and is not told elsewhere."""
+    if "unfinished" in columns:
+        columns = columns | {"unfinished": pc.if_else(columns["unfinished"], True, None)}
     count = len(next(iter(columns.values())))
     told = [
         joined(f'"{name}":', json_values(column))

@@ -56,13 +56,16 @@ def counter_names(manifest: Manifest) -> dict[int, str]:
     return dict(enumerate(manifest.counter_names))
 
 
-def peer_addresses(high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.intp], list[str]]:
+def peer_addresses(
+    high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]
+) -> tuple[npt.NDArray[np.int64], list[str]]:
     """Return the clients' addresses: the place of each in the list of different ones, and that list.
 
     IPv6 addresses are in brackets, so that a port may follow.
     """
-    codes, different = pd.factorize(pd.MultiIndex.from_arrays([high, low]))
-    return codes, [_address(int(upper) << 64 | int(lower)) for upper, lower in different]
+    peers = pd.DataFrame({"high": high, "low": low}).groupby(["high", "low"], sort=False)
+    different = peers.size().index.to_frame().to_numpy(np.uint64).tolist()
+    return np.asarray(peers.ngroup(), np.int64), [_address(upper << 64 | lower) for upper, lower in different]
 
 
 def _address(number: int) -> str:

@@ -22,8 +22,8 @@ Times are CLOCK_MONOTONIC, so the trace fits beside others of that clock; clock 
 wall time (SQL: ``to_realtime(ts)``). Units are in the names of annotations.
 
 Field numbers are those of Perfetto's published protos (protos/perfetto/trace/perfetto_trace.proto), of which
-tests check every packet. Their generated Python classes would take a dependency of 6 MB to do the same a hundred
-times slower, one message after the other.
+tests check every packet. Their generated Python classes build one message after the other: 15 us a call instead
+of 1.5, and two more packages to install.
 """
 
 from __future__ import annotations
@@ -169,11 +169,10 @@ class _Trace:
     def overflows(self) -> None:
         """Write the overflows; each may be several refused connections, seen at once."""
         frame = self._analysis.stalls.overflows
-        phases = list(PHASES)
         annotations = {
             "count": Values(frame["count"].to_numpy()),
             "interval_ns": Values((frame["seen_ns"] - frame["after_ns"]).to_numpy()),
-            "phase": Values(np.array([phases.index(phase) for phase in frame["phase"]], np.int64), texts=phases),
+            "phase": Values(np.array(pd.Categorical(frame["phase"], PHASES).codes), texts=PHASES),
             "stall": _known(frame["stall"].to_numpy(), NOT_KNOWN),
             "connection": _known(frame["connection"].to_numpy(), NOT_KNOWN),
         }

@@ -31,9 +31,6 @@ BEGIN, END, INSTANT, COUNTER = 1, 2, 3, 4
 CLOCK_REALTIME, CLOCK_MONOTONIC = 1, 3
 """BuiltinClock."""
 
-UNIT_COUNT = 2
-"""CounterDescriptor.Unit."""
-
 _SEQUENCE = 1
 _STATE_CLEARED, _NEEDS_STATE = 1, 2
 _ROWS_A_WRITE = 1 << 17
@@ -159,15 +156,10 @@ class PacketWriter:
         self._packet(bytes_field(Packet.TRACK_DESCRIPTOR, descriptor))
 
     def write(self, events: Events) -> None:
-        """Write events in their order."""
+        """Write events in their order; none of them begins a flow."""
         for low in range(0, len(events), _ROWS_A_WRITE):
-            high = min(low + _ROWS_A_WRITE, len(events))
-            if high - low == len(events):
-                part = events
-            else:
-                flows = {place - low: ids for place, ids in events.flows.items() if low <= place < high}
-                part = replace(events.of(np.arange(low, high)), flows=flows)
-            self.write_mixed([(np.arange(high - low), part)])
+            rows = np.arange(low, min(low + _ROWS_A_WRITE, len(events)))
+            self.write_mixed([(rows - low, events.of(rows))])
 
     def write_slices(self, begins: Events, end_ns: Ints, unfinished: npt.NDArray[np.bool_]) -> None:
         """Write slices that do not overlap, each begin followed by its end, if it has one."""
@@ -207,8 +199,8 @@ class PacketWriter:
         """Yield the packets of events that have the same fields, with their places."""
         optional = [*events.annotations.values(), *([events.flow] if events.flow else [])]
         pattern = np.zeros(len(events), np.int64)
-        for bit, values in enumerate(optional):
-            pattern |= (1 << bit) * np.int64(1) if values.known is None else values.known.astype(np.int64) << bit
+        for bit, known in enumerate(values.known for values in optional if values.known is not None):
+            pattern |= known.astype(np.int64) << bit
         pattern[list(events.flows)] = -1
         for present in np.unique(pattern[pattern >= 0]):
             rows = np.flatnonzero(pattern == present)

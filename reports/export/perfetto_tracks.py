@@ -74,9 +74,10 @@ class Tracks:
         return self._by(namespaces, counters, self._kernel_counter)
 
     def _by(self, first: Ints, second: Ints, uuid: Callable[[int, int], int]) -> Ints:
-        codes, different = pd.factorize(pd.MultiIndex.from_arrays([first, second]))
-        uuids = np.array([uuid(int(one), int(other)) for one, other in different], np.int64)
-        return uuids[codes] if len(codes) else np.zeros(0, np.int64)
+        pairs = pd.DataFrame({"first": first, "second": second}).groupby(["first", "second"], sort=False)
+        different = pairs.size().index.to_frame().to_numpy().tolist()
+        uuids = np.array([uuid(one, other) for one, other in different], np.int64)
+        return uuids[pairs.ngroup().to_numpy()]
 
     def _process(self, pid: int) -> int:
         process = number_field(Descriptor.PROCESS_PID, pid)

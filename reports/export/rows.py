@@ -129,11 +129,7 @@ def _parts(analysis: Analysis) -> tuple[_Part, ...]:
         _Part(ABANDONED, len(gone.frame), gone.abandoned),
         _Part(ITERATION_KIND, len(tables.iterations), lambda low, high: _iterations(analysis, low, high)),
         _Part(ACCEPT_KIND, len(tables.accepts), lambda low, high: _plain(tables.accepts[low:high], "accept")),
-        _Part(
-            QUEUE_KIND,
-            len(tables.queues),
-            lambda low, high: _queues(analysis, low, high, listeners),
-        ),
+        _Part(QUEUE_KIND, len(tables.queues), lambda low, high: _queues(analysis, low, high, listeners)),
         _Part(COUNTER_KIND, len(tables.counters), lambda low, high: _counters(analysis, low, high)),
         _Part(REQUEST_KIND, len(tables.requests), lambda low, high: _requests(tables.requests[low:high], listeners)),
         _Part(OVERFLOW_KIND, len(overflows), lambda low, high: _overflows(overflows[low:high], listeners)),
@@ -149,7 +145,7 @@ class _Calls:
         self._probes = [probe for probe in analysis.manifest.probes if probe.kind == CALL]
         self._types = _argument_types(analysis)
         names = call_names(analysis.manifest)
-        self._name = _lookup(names)
+        self._names = names
         self._path = pa.array(
             [
                 PATH_SEPARATOR.join(names[probe] for probe in analysis.nested.path(index))
@@ -163,16 +159,16 @@ class _Calls:
         """Return rows of calls that never returned."""
         frame = self.frame.iloc[low:high]
         filled = _columns(frame, "start_ns", "pid", "tid")
-        filled["name"] = _taken(self._name, frame["probe"])
+        filled["name"] = _named(self._names, frame["probe"])
         return filled | self._arguments(frame)
 
     def nested(self, low: int, high: int) -> _Filled:
         """Return rows of calls with their places in the call tree."""
         frame = self.frame.iloc[low:high]
         filled = _columns(frame, "start_ns", "duration_ns", "self_ns", "pid", "tid", "depth", "unfinished")
-        filled["name"] = _taken(self._name, frame["probe"])
+        filled["name"] = _named(self._names, frame["probe"])
         filled["parent"] = _known(frame["parent"], NO_PARENT)
-        filled["path"] = _taken(self._path, frame["path"])
+        filled["path"] = self._path.take(pa.array(frame["path"].to_numpy()))
         filled["stall"] = self._stalls(low, high)
         return filled | self._arguments(frame)
 
@@ -241,32 +237,29 @@ def _queues(analysis: Analysis, low: int, high: int, listeners: dict[int, str]) 
     filled = _plain(frame.rename(columns={"time_ns": "start_ns"}), "accept queue")
     owners = {listener.index: listener.pid for listener in analysis.manifest.listeners}
     pid = frame["listener"].map(owners).fillna(-1)
-    return filled | {"listener": _taken(_lookup(listeners), frame["listener"]), "pid": _known(pid, -1)}
+    return filled | {"listener": _named(listeners, frame["listener"]), "pid": _known(pid, -1)}
 
 
 def _counters(analysis: Analysis, low: int, high: int) -> _Filled:
     frame = analysis.tables.counters.iloc[low:high]
     filled = _columns(frame.rename(columns={"time_ns": "start_ns"}), "start_ns", "count", "namespace")
-    return filled | {"name": _taken(_lookup(counter_names(analysis.manifest)), frame["counter"])}
+    return filled | {"name": _named(counter_names(analysis.manifest), frame["counter"])}
 
 
 def _requests(frame: pd.DataFrame, listeners: dict[int, str]) -> _Filled:
+    columns = {"time_ns": "start_ns"}
     filled = _columns(
-        frame.rename(columns={"time_ns": "start_ns"}),
-        "start_ns",
-        "pid",
-        "queue_length",
-        "queue_limit",
-        "syn_queue_length",
+        frame.rename(columns=columns), "start_ns", "pid", "queue_length", "queue_limit", "syn_queue_length"
     )
     codes, addresses = peer_addresses(frame["peer_high"].to_numpy(), frame["peer_low"].to_numpy())
     ports = pa.array(frame["peer_port"].to_numpy()).cast(pa.string())
     event = frame["event"].cat
     waited = (frame["event"] == ACCEPTED).to_numpy()
     return filled | {
-        "name": _taken(pa.array(event.categories.to_numpy(), pa.string()), event.codes),
-        "listener": _taken(_lookup(listeners), frame["listener"]),
-        "peer": pc.binary_join_element_wise(_taken(pa.array(addresses, pa.string()), codes), ports, ":"),
+        "start_ns": frame["time_ns"].to_numpy(),
+        "name": pa.array(event.categories.to_numpy(), pa.string()).take(pa.array(event.codes.to_numpy())),
+        "listener": _named(listeners, frame["listener"]),
+        "peer": pc.binary_join_element_wise(pa.array(addresses, pa.string()).take(pa.array(codes)), ports, ":"),
         "wait_ns": pa.array(frame["wait_ns"].to_numpy(), mask=~waited),
     }
 
@@ -281,7 +274,7 @@ def _overflows(frame: pd.DataFrame, listeners: dict[int, str]) -> _Filled:
         "pid": _known(frame["pid"], 0),
         "stall": _known(frame["stall"], -1),
         "phase": pa.array(frame["phase"].to_numpy(), pa.string()),
-        "listener": _taken(_lookup(listeners), frame["listener"]),
+        "listener": _named(listeners, frame["listener"]),
     }
 
 
@@ -289,14 +282,10 @@ def _columns(frame: pd.DataFrame, *names: str) -> _Filled:
     return {name: frame[name].to_numpy() for name in names}
 
 
-def _lookup(names: dict[int, str]) -> pa.Array:
-    """Return the names as an array in which each has its number for a place; the gaps are null."""
-    return pa.array([names.get(index) for index in range(max(names, default=-1) + 1)], pa.string())
-
-
-def _taken(names: pa.Array, places: pd.Series[Any] | npt.NDArray[Any]) -> pa.Array:
-    """Return the names at these places; null for negative ones."""
-    return names.take(_known(places, -1))
+def _named(names: dict[int, str], numbers: pd.Series[Any]) -> pa.Array:
+    """Return the names of these numbers; null for those that have none."""
+    codes, different = pd.factorize(numbers)
+    return pa.array([names.get(int(number)) for number in different], pa.string()).take(pa.array(codes))
 
 
 def _known(values: pd.Series[Any] | npt.NDArray[Any], unknown: int) -> pa.Array:
