@@ -14,9 +14,9 @@
     kernel counter               a counter of process 0, named kernel
     ============================ ==================================================================================
 
-The format counts microseconds: ``ts`` is that since the recording's start, with three decimals, so that no
-nanosecond is rounded off; ``otherData`` has the start on both clocks. It has no flow to an instant: an overflow
-names its stall by number instead.
+The format counts microseconds: ``ts`` is that since the recording's start (or the first event, if that is earlier:
+readers drop what is before 0), with three decimals, so that no nanosecond is rounded off; ``otherData`` has its
+zero on both clocks. It has no flow to an instant: an overflow names its stall by number instead.
 """
 
 from __future__ import annotations
@@ -48,34 +48,44 @@ from stallscope.tracer.analysis.analysis import Analysis
 KERNEL_PID = 0
 
 _NOT_ARGUMENTS = {
-    "id", "kind", "name", "time", "start_ns", "since_start_ns", "duration_ns", "pid", "tid", "depth", "parent", "path"
+    "id", "kind", "name", "time", "since_zero_ns", "since_start_ns", "duration_ns",
+    "pid", "tid", "depth", "parent", "path",
 }  # fmt: skip
 
 
 def write(analysis: Analysis, out: BinaryIO) -> None:
     """Write the whole trace as one JSON object."""
     manifest = analysis.manifest
-    start = pd.Timestamp(manifest.started_ns + manifest.wall_offset_ns, tz="UTC")
+    zero_ns = _earliest_ns(analysis)
     about = {
         "exporter": "stallscope",
         "recording": analysis.recording.path.name,
         "complete": analysis.recording.complete,
-        "started_monotonic_ns": manifest.started_ns,
-        "started_wall_clock": start.isoformat(),
+        "zero_monotonic_ns": zero_ns,
+        "zero_wall_clock": pd.Timestamp(zero_ns + manifest.wall_offset_ns, tz="UTC").isoformat(),
         "host": manifest.host,
         "command": list(manifest.command),
-        "notes": [{"since_start_ns": item.time_ns - manifest.started_ns, "text": item.text} for item in manifest.notes],
+        "notes": [{"monotonic_ns": item.time_ns, "text": item.text} for item in manifest.notes],
     }
     out.write(b'{"displayTimeUnit":"ns","otherData":' + json.dumps(about).encode() + b',"traceEvents":[\n')
     out.write(",\n".join(json.dumps(event) for event in _names(analysis)).encode())
     for batch in rows.batches(analysis):
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns["since_zero_ns"] = pc.subtract(columns.pop("start_ns"), zero_ns)
         for events in _EVENTS[columns["kind"][0].as_py()](columns):
             out.write(run_of_text(joined(",\n", events)))
     out.write(b"\n]}\n")
 
 
 _Columns = dict[str, Any]
+
+
+def _earliest_ns(analysis: Analysis) -> int:
+    tables, nested = analysis.tables, analysis.nested
+    spans = (nested.calls, nested.abandoned, tables.iterations, tables.accepts)
+    starts = [frame["start_ns"] for frame in spans]
+    starts += [frame["time_ns"] for frame in (tables.queues, tables.counters, tables.requests)]
+    return min([analysis.manifest.started_ns, *(int(times.min()) for times in starts if len(times))])
 
 
 def _names(analysis: Analysis) -> Iterator[dict[str, Any]]:
@@ -93,40 +103,40 @@ def _names(analysis: Analysis) -> Iterator[dict[str, Any]]:
 
 def _calls(columns: _Columns) -> Iterator[pa.Array]:
     duration = joined('"dur":', thousandths(columns["duration_ns"].to_numpy()))
-    yield _event("X", columns, _name(columns), columns["since_start_ns"], duration, _args(columns))
+    yield _event("X", columns, _name(columns), columns["since_zero_ns"], duration, _args(columns))
 
 
 def _async(columns: _Columns) -> Iterator[pa.Array]:
     stalled = columns["stall"].is_valid()
     name = pc.if_else(stalled, '"stall"', _name(columns))
     pairs = joined('"id":"', columns["kind"], " ", columns["tid"], '"')
-    end_ns = pc.add(columns["since_start_ns"], columns["duration_ns"])
-    begin = _event("b", columns, name, columns["since_start_ns"], pairs, _args(columns))
+    end_ns = pc.add(columns["since_zero_ns"], columns["duration_ns"])
+    begin = _event("b", columns, name, columns["since_zero_ns"], pairs, _args(columns))
     yield joined(begin, ",\n", _event("e", columns, name, end_ns, pairs))
 
 
 def _instants(columns: _Columns) -> Iterator[pa.Array]:
     # an overflow happened before it was seen: its instant is the end of that interval
-    seen_ns = pc.add(columns["since_start_ns"], pc.fill_null(columns["duration_ns"], 0))
+    seen_ns = pc.add(columns["since_zero_ns"], pc.fill_null(columns["duration_ns"], 0))
     scope = pc.if_else(columns["pid"].is_valid(), '"s":"p"', '"s":"g"')
     yield _event("i", columns, _name(columns), seen_ns, scope, _args(columns))
 
 
 def _abandoned(columns: _Columns) -> Iterator[pa.Array]:
     scope = pa.repeat(pa.scalar('"s":"t"'), len(columns["pid"]))
-    yield _event("i", columns, _name(columns), columns["since_start_ns"], scope, _args(columns))
+    yield _event("i", columns, _name(columns), columns["since_zero_ns"], scope, _args(columns))
 
 
 def _queues(columns: _Columns) -> Iterator[pa.Array]:
     for column, label in QUEUE_COUNTERS.items():
         name = quoted(joined(f"{label}, ", columns["listener"]))
-        yield _event("C", columns, name, columns["since_start_ns"], _args({"connections": columns[column]}))
+        yield _event("C", columns, name, columns["since_zero_ns"], _args({"connections": columns[column]}))
 
 
 def _counters(columns: _Columns) -> Iterator[pa.Array]:
     spaces = pc.count_distinct(columns["namespace"]).as_py()
     name = columns["name"] if spaces < 2 else joined(columns["name"], ", namespace ", columns["namespace"])
-    yield _event("C", columns, quoted(name), columns["since_start_ns"], _args({"events": columns["count"]}))
+    yield _event("C", columns, quoted(name), columns["since_zero_ns"], _args({"events": columns["count"]}))
 
 
 _EVENTS: dict[str, Callable[[_Columns], Iterator[pa.Array]]] = {
@@ -141,14 +151,14 @@ _EVENTS: dict[str, Callable[[_Columns], Iterator[pa.Array]]] = {
 }
 
 
-def _event(phase: str, columns: _Columns, name: pa.Array, since_start_ns: pa.Array, *more: pa.Array) -> pa.Array:
+def _event(phase: str, columns: _Columns, name: pa.Array, since_zero_ns: pa.Array, *more: pa.Array) -> pa.Array:
     pid = pc.fill_null(columns["pid"], KERNEL_PID)
     pieces = [
         joined('"name":', name),
         joined('"cat":"', columns["kind"], '"'),
         joined('"pid":', pid),
         joined('"tid":', pc.coalesce(columns["tid"], pid)),
-        joined('"ts":', thousandths(since_start_ns.to_numpy())),
+        joined('"ts":', thousandths(since_zero_ns.to_numpy())),
     ]
     return joined(f'{{"ph":"{phase}",', members([*pieces, *more]), "}")
 

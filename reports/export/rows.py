@@ -67,8 +67,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "wait_ns": pa.int64(),
     "count": pa.int64(),
     "namespace": pa.int64(),
-    "ready": pa.int64(),
-    "accepted": pa.int64(),
+    "ready": pa.uint64(),
+    "accepted": pa.uint64(),
     "listener_fd": pa.int64(),
     "fd": pa.int64(),
 }

@@ -11,7 +11,6 @@ from recordings import (
     FREE,
     ITERATION_ID,
     LIMIT,
-    MS,
     PID,
     PURGE,
     REQUEST_ID,
@@ -40,7 +39,7 @@ def mixed_recording(path: Path) -> Path:
     The truth, beside the storm of process 4711 at 1000 ms:
     - thread 4713 of 4711 purges 3 times, 5 ms each, at 1100, 1105 and 1110 ms: one ends when the next begins.
     - 4712 calls freeClient inside itself, four deep: 2000 ms + 0, 1, 2, 3 ms, each 2 ms shorter than the one around;
-      and a freeClient of no length at 2003.5 ms in the innermost.
+      and a freeClient of no length at 2003.5 ms in the innermost. One more began 20 ms before the recording, for 5 ms.
     - 4711 began a serverCron at 3900 ms, and in it a trim at 3910 ms, that had not returned at 4000 ms.
     - a purge begun at 1050 ms inside the storm's iteration never returned: it was abandoned.
     - at 2500 ms ListenOverflows grew by 7 in the second namespace, whose listener (of 4712) has no drops: they
@@ -57,6 +56,7 @@ def mixed_recording(path: Path) -> Path:
         second.span(FREE, 2000 + level, 8 - 2 * level)
     second.span(FREE, 2003.5, 0)
     second.span(ITERATION_ID, 1999, 12, 3, 2)
+    second.span(FREE, -20, 5)
     second.queue(2400, 1, 0, listener=1).queue(2500, 512, 0, listener=1).queue(2600, 0, 0, listener=1)
     second.counter(2400, 50, namespace=1).counter(2500, 57, namespace=1)
     second.request(2450, "SYN taken", 33333, listener=1, peer=(0x20010DB8 << 32, 1))
@@ -84,6 +84,5 @@ def mixed_recording(path: Path) -> Path:
     writer.write(events)
     final = replace(made, ended_ns=at(END_MS), wall_offset_end_ns=WALL_OFFSET_NS + DRIFT_NS, ended_by="duration")
     writer.finish(events[:0], counters, final)
-    assert events["start_ns"].min() >= STARTED_NS - 5 * MS
     assert set(events["pid"].tolist()) == {PID, OTHER_PID}
     return path

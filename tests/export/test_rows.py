@@ -95,7 +95,7 @@ class TestDuckDB:
             path,
             """select pid, tid, count(*), count(*) filter (unfinished), max(depth)
             from events where kind = 'call' group by all order by all""",
-        ) == [(PID, PID, 19, 2, 4), (PID, 4713, 3, 0, 0), (OTHER_PID, OTHER_PID, 5, 0, 4)]
+        ) == [(PID, PID, 19, 2, 4), (PID, 4713, 3, 0, 0), (OTHER_PID, OTHER_PID, 6, 0, 4)]
         assert query(path, "select name, since_start_ns, duration_ns from events where kind = 'abandoned'") == [
             ("je_pages_purge", 1050 * MS, None)
         ]
@@ -140,7 +140,7 @@ class TestSchema:
         jsonschema.Draft202012Validator.check_schema(schema)
         assert list(schema["properties"]) == list(rows.COLUMNS)
         assert schema["properties"]["kind"]["enum"] == list(KINDS)
-        types = {pa.int64(): "integer", pa.bool_(): "boolean", pa.string(): "string"}
+        types = {pa.int64(): "integer", pa.uint64(): "integer", pa.bool_(): "boolean", pa.string(): "string"}
         for name, kind in rows.COLUMNS.items():
             told = schema["properties"][name]
             assert told["description"].endswith(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recordings import CRON, DATA, MS, PURGE, STARTED_NS, TRIM, Builder, known_call
+from perfetto.protos.perfetto.trace import perfetto_trace_pb2
+from recordings import CRON, DATA, MS, PURGE, STARTED_NS, TRIM, Builder, hooked_manifest, known_call
 
 from stallscope.reports.export.arrow_text import run_of_text, thousandths
 from stallscope.reports.export.call_edges import call_edges
@@ -32,8 +34,9 @@ from stallscope.reports.export.protobuf import (
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.nesting import Nested, nest
 from stallscope.tracer.analysis.tables import build_tables
+from stallscope.tracer.layout import EVENT, EVENT_BYTES
 from stallscope.tracer.manifest import ListenerInfo
-from stallscope.tracer.recording import read_recording
+from stallscope.tracer.recording import RecordingWriter, read_recording
 
 STALLSCOPE = str(Path(sys.executable).with_name("stallscope"))
 TEXT_FORMATS = sorted(name for name, item in FORMATS.items() if item.is_text)
@@ -302,3 +305,26 @@ def test_times_are_on_the_monotonic_clock(recording: Path, tmp_path: Path) -> No
     run(recording, "-f", "ndjson", "-o", tmp_path / "x.ndjson")
     row = json.loads((tmp_path / "x.ndjson").read_text().splitlines()[0])
     assert row["start_ns"] - row["since_start_ns"] == STARTED_NS
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([1, 4, 20, 62, 64]))
+def test_damaged_rows_do_not_stop_an_export(seed: int, bits: int, tmp_path: Path) -> None:
+    """Rows of random bits, as a damaged file may hold: every format is written to its end."""
+    random = np.random.default_rng(seed)
+    events = random.integers(0, 256, 200 * EVENT_BYTES, np.uint8).view(EVENT)
+    for name in ("start_ns", "duration_ns", "value"):
+        events[name] >>= np.uint64(64 - bits)
+    events["start_ns"] += np.uint64(STARTED_NS)
+    events["probe"] %= 25
+    path = tmp_path / f"{seed}-{bits}.stall"
+    with RecordingWriter(path, hooked_manifest()) as writer:
+        writer.write(events)
+    analysis = analyse(read_recording(path))
+    for name, chosen in FORMATS.items():
+        out = io.BytesIO()
+        chosen.load()(analysis, out)
+        if name in ("chrome", "speedscope"):
+            json.loads(out.getvalue())
+        elif name == "perfetto":
+            assert perfetto_trace_pb2.Trace.FromString(out.getvalue()).packet
