@@ -25,7 +25,8 @@ class Format:
         name: what ``-f`` takes; suffix: of its files; description: what opens it, in a few words.
         is_text: it may go to a terminal or through a pipe.
         load: returns the function that writes an analysis to a binary stream.
-        comfortable_calls: above this many calls what opens it becomes slow or refuses; None: no such limit.
+        many_rows: above so many events opening it takes half a minute and more, or fails; None: it does not matter.
+        why: what happens then, for the reader.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Format:
     description: str
     is_text: bool
     load: Callable[[], Exporter]
-    comfortable_calls: int | None = None
+    many_rows: int | None = None
+    why: str = ""
 
     def beside(self, recording: Path) -> Path:
         """Return the name of the export that belongs to a recording: the same with the format's suffix."""
@@ -82,16 +84,24 @@ def _ndjson() -> Exporter:
     return ndjson.write
 
 
+_SLOW = "what shows it needs more than half a minute to open"
+_SPREADSHEET_LINES = 1_048_576
+
 FORMATS = {
     item.name: item
     for item in (
-        Format("perfetto", ".pftrace", "Perfetto: ui.perfetto.dev, trace_processor", False, _perfetto, 5_000_000),
-        Format("chrome", ".trace.json", "Chrome's trace events: chrome://tracing", True, _chrome, 1_000_000),
-        Format("speedscope", ".speedscope.json", "speedscope: speedscope.app", True, _speedscope, 1_000_000),
+        Format(
+            "perfetto", ".pftrace", "Perfetto: ui.perfetto.dev, trace_processor", False, _perfetto, 2_000_000, _SLOW
+        ),
+        Format("chrome", ".trace.json", "Chrome's trace events: chrome://tracing", True, _chrome, 2_000_000, _SLOW),
+        Format("speedscope", ".speedscope.json", "speedscope: speedscope.app", True, _speedscope, 2_000_000, _SLOW),
         Format("folded", ".folded", "folded stacks, self time in us: flamegraph.pl, inferno", True, _folded),
         Format("parquet", ".parquet", "one row an event: DuckDB, pandas, polars", False, _parquet),
-        Format("csv", ".csv", "the same rows: spreadsheets", True, _csv, 1_000_000),
+        Format(
+            "csv", ".csv", "the same rows: spreadsheets", True, _csv, _SPREADSHEET_LINES - 1,
+            f"a spreadsheet takes {_SPREADSHEET_LINES:,} lines",
+        ),
         Format("ndjson", ".ndjson", "the same rows, a JSON object a line: jq, log pipelines", True, _ndjson),
     )
-}
+}  # fmt: skip
 """All formats by name."""

@@ -68,6 +68,10 @@ class TestDuckDB:
             """select phase, sum(count)::bigint, min(stall), any_value(listener)
             from events where kind = 'overflow' group by phase order by phase""",
         ) == [("drain", 2, 0, "127.0.0.1:6379"), ("inside", 41, 0, "127.0.0.1:6379")]
+        # the 2 of the drain were seen between the samples 622 and 630 ms after the stall began
+        assert query(
+            path, "select since_start_ns, duration_ns from events where kind = 'overflow' and phase = 'drain'"
+        ) == [(1622 * MS, 8 * MS)]
         assert query(path, "select count(*) from events where kind = 'accept'") == [(512,)]
 
     def test_follows_a_call_to_its_callers(self, format_name: str, export: Export) -> None:

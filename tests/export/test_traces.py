@@ -102,7 +102,7 @@ class TestBoth:
         assert by_name.pop("ListenOverflows") == list(zip(times, tables.counters["count"].tolist(), strict=True))
         assert by_name == {}
 
-    def test_have_the_overflows(self, format_name: str, opened: Open) -> None:
+    def test_have_the_overflows(self, format_name: str, opened: Open, analysis_of: Of) -> None:
         prefix = "debug" if format_name == "perfetto" else "args"
         rows = opened("two-stalls", format_name).rows(
             f"""
@@ -115,6 +115,9 @@ class TestBoth:
         assert rows == [
             (None, "outside", 7), (0, "drain", 2), (0, "inside", 41), (1, "drain", 2), (1, "inside", 41)
         ]  # fmt: skip
+        seen_ns = analysis_of("two-stalls").stalls.overflows["seen_ns"] - STARTED_NS + ZERO_NS[format_name]
+        times = opened("two-stalls", format_name).rows("select ts from slice where category = 'overflow' order by ts")
+        assert [ts for (ts,) in times] == sorted(seen_ns)
 
     def test_have_the_stalls(self, format_name: str, opened: Open) -> None:
         rows = opened("two-stalls", format_name).rows("select ts, dur from slice where name = 'stall' order by ts")

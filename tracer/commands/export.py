@@ -52,6 +52,7 @@ def export(file: Path, format_name: str, output: Path | None, force: bool, min_d
       stallscope export night.stall -f csv --min-duration 1ms -o slow.csv
     """
     from stallscope.reports.export.destination import new_export_path, open_export
+    from stallscope.reports.export.rows import count_rows
     from stallscope.tracer.analysis.analysis import analyse
     from stallscope.tracer.analysis.short_calls import without_short_calls
     from stallscope.tracer.recording import read_recording
@@ -64,13 +65,9 @@ def export(file: Path, format_name: str, output: Path | None, force: bool, min_d
     analysis, left_out = without_short_calls(analyse(recording), min_duration)
     if left_out:
         click.echo(f"{left_out:,} calls shorter than {format_duration_ns(min_duration)} were left out", err=True)
-    calls = len(analysis.nested.calls)
-    if chosen.comfortable_calls and calls > chosen.comfortable_calls:
-        click.echo(
-            f"{calls:,} calls; what opens {chosen.name} copes with about {chosen.comfortable_calls:,}, "
-            "leave out short ones with --min-duration",
-            err=True,
-        )
+    rows = count_rows(analysis)
+    if chosen.many_rows is not None and rows > chosen.many_rows:
+        click.echo(f"{rows:,} events: {chosen.why}; leave out short calls with --min-duration", err=True)
     write = chosen.load()
     if path is None:
         write(analysis, sys.stdout.buffer)
