@@ -1,6 +1,6 @@
 """Packets of a Perfetto trace, many events of one shape at once.
 
-Everything is on one packet sequence: names are interned once, at its beginning, and its clock is
+Everything is on one packet sequence: a name is interned when it is first needed, and its clock is
 CLOCK_MONOTONIC. Field numbers are from Perfetto's protos/perfetto/trace/perfetto_trace.proto.
 """
 
@@ -131,7 +131,7 @@ class Events:
 
 
 class PacketWriter:
-    """Writes one trace: clocks and tracks first, then events in any order of their times.
+    """Writes one trace: a track before its first event, events in any order of their times.
 
     A reader sorts by time and keeps the order of the file where times are equal.
     """

@@ -16,7 +16,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2
-from recordings import CRON, DATA, MS, PURGE, STARTED_NS, TRIM, Builder, hooked_manifest, known_call
+from recordings import (
+    CRON,
+    DATA,
+    ITERATION_ID,
+    MS,
+    PROBES,
+    PURGE,
+    STARTED_NS,
+    TRIM,
+    Builder,
+    hooked_manifest,
+    known_call,
+    manifest,
+)
 
 from stallscope.reports.export.arrow_text import run_of_text, thousandths
 from stallscope.reports.export.call_edges import call_edges
@@ -35,7 +48,7 @@ from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.nesting import Nested, nest
 from stallscope.tracer.analysis.tables import build_tables
 from stallscope.tracer.layout import EVENT, EVENT_BYTES
-from stallscope.tracer.manifest import ListenerInfo
+from stallscope.tracer.manifest import COUNTER, ITERATION, QUEUE, ListenerInfo
 from stallscope.tracer.recording import RecordingWriter, read_recording
 
 STALLSCOPE = str(Path(sys.executable).with_name("stallscope"))
@@ -171,6 +184,18 @@ def test_every_golden_recording_can_be_written(name: str, path: Path, tmp_path: 
     with target.open("wb") as out:
         FORMATS[name].load()(analyse(read_recording(path)), out)
     assert target.stat().st_size > 0 or (name, path.stem) in {("folded", "empty"), ("ndjson", "empty")}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kinds", [{ITERATION, QUEUE, COUNTER}, set()])
+def test_a_recording_without_functions_can_be_written(name: str, kinds: set[str], tmp_path: Path) -> None:
+    made = manifest(probes=tuple(probe for probe in PROBES if probe.kind in kinds))
+    builder = Builder(made)
+    if kinds:
+        builder.span(ITERATION_ID, 10, 20, 1, 0).queue(15, 4, 0).counter(15, 901)
+    out = io.BytesIO()
+    FORMATS[name].load()(analyse(read_recording(builder.write(tmp_path / "x.stall", 100))), out)
+    assert out.getvalue() or name in ("folded", "ndjson")
 
 
 def crossing(tmp_path: Path) -> Path:
