@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 CAUSE, CONTRIBUTES, CLEARED, NOTICE = "cause", "contributes", "cleared", "notice"
 WEIGHTS = (CAUSE, CONTRIBUTES, NOTICE, CLEARED)
-"""What a finding is to the refused connections, the weightiest first; ``cleared`` says that something is not to blame."""
+"""What a finding is to the refused connections, weightiest first; ``cleared``: something that is not to blame."""
 
 
 @dataclass(frozen=True)
