@@ -18,6 +18,11 @@ STALE_NS = 3 * NS_PER_S
 """Unchanged samples are stored once a second; when the last is older than this, the queue is not known."""
 
 
+def normal_length(limit: Ints) -> Ints:
+    """Return up to which length queues of these limits are normal."""
+    return (limit * NORMAL_SHARE).astype(np.int64)
+
+
 def with_queue(frame: pd.DataFrame, tables: Tables) -> pd.DataFrame:
     """Add the accept queue before, in and after each stall."""
     count = len(frame)
@@ -77,7 +82,7 @@ class _QueueAround:
 
     def _drain(self, time: Ints, value: Ints, after: Ints, end: Ints, until: Ints) -> None:
         start = np.where(2 * self.start > self.limit, 0, self.start)
-        normal = np.maximum(start, (self.limit * NORMAL_SHARE).astype(np.int64))
+        normal = np.maximum(start, normal_length(self.limit))
         for index in np.flatnonzero(self.most > normal):
             place = after[index]
             if place and value[place - 1] <= normal[index]:
