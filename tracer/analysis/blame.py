@@ -40,7 +40,7 @@ import pandas as pd
 
 from stallscope.tracer.analysis.chance import Coincidence, Series, compare_with_chance
 from stallscope.tracer.analysis.overflows import NOT_ATTRIBUTABLE, listener_step
-from stallscope.tracer.analysis.segments import range_max
+from stallscope.tracer.analysis.segments import range_max, sum_by
 from stallscope.tracer.analysis.stall_queues import STALE_NS, normal_length
 from stallscope.tracer.analysis.stalls import DRAIN, ITERATIONS, OUTSIDE, Stalls
 from stallscope.tracer.analysis.tables import Ints, Tables
@@ -96,6 +96,11 @@ class Blame:
         """Return how many overflows have each cause, in the order of ``CAUSES``."""
         total = self.overflows.groupby("cause")["count"].sum()
         return {cause: int(total.get(cause, 0)) for cause in CAUSES}
+
+    def by_stall(self, stalls: int) -> Ints:
+        """Return how many overflows each of so many stalls caused; shape (stalls,)."""
+        mine = self.overflows.loc[(self.overflows["cause"] == STALL).to_numpy()]
+        return sum_by(mine["stall"].to_numpy(), mine["count"].to_numpy(), stalls)
 
 
 def assign_blame(tables: Tables, stalls: Stalls) -> Blame:

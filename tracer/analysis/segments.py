@@ -17,6 +17,19 @@ def ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
     return owner, first[owner] + offset
 
 
+def range_of(place: Ints, first: Ints, last: Ints) -> Ints:
+    """Return in which range [first, last) each of these places lies, NOT_KNOWN where in none.
+
+    Ranges do not overlap, need no order, and may be empty.
+    """
+    filled = np.flatnonzero(last > first)
+    order = filled[np.argsort(first[filled], kind="stable")]
+    if not len(order):
+        return np.full(len(place), NOT_KNOWN, np.int64)
+    candidate = order[np.maximum(np.searchsorted(first[order], place, side="right") - 1, 0)]
+    return np.where((first[candidate] <= place) & (place < last[candidate]), candidate, NOT_KNOWN)
+
+
 def range_max(value: Ints, first: Ints, last: Ints) -> Ints:
     """Return the greatest value in each range [first, last); ``NOT_KNOWN`` where it is empty."""
     result = np.full(len(first), NOT_KNOWN, np.int64)

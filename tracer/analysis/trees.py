@@ -12,14 +12,12 @@ import numpy as np
 import pandas as pd
 
 from stallscope.tracer.analysis.nesting import Nested
-from stallscope.tracer.analysis.segments import ranges
-from stallscope.tracer.analysis.tables import Ints, Tables
+from stallscope.tracer.analysis.segments import range_of, ranges
+from stallscope.tracer.analysis.tables import Tables
 from stallscope.tracer.manifest import CALL
 
 CLIENT_VISIT = "clientsCronResizeQueryBuffer"
 """The function that the cron calls once for each client it visits."""
-
-NO_STALL = -1
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,8 @@ def find_trees(tables: Tables, nested: Nested, stalls: pd.DataFrame) -> Trees:
     visits = {probe.id for probe in tables.manifest.probes if probe.kind == CALL and probe.name == CLIENT_VISIT}
     clients = functions.loc[functions["probe"].isin(visits)].groupby("tree")["calls"].sum()
     frame["clients"] = clients.reindex(frame.index, fill_value=0).astype(np.int64)
-    return Trees(frame.assign(stall=_stall_of(frame["first_call"].to_numpy(), stalls)), functions)
+    stall = range_of(frame["first_call"].to_numpy(), stalls["first_call"].to_numpy(), stalls["last_call"].to_numpy())
+    return Trees(frame.assign(stall=stall), functions)
 
 
 def _functions(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
@@ -87,14 +86,3 @@ def _functions(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
     groups = inside.groupby(["tree", "probe"], sort=True, as_index=False)
     result = groups.agg(calls=("self_ns", "size"), total_ns=("total_ns", "sum"), self_ns=("self_ns", "sum"))
     return result.sort_values(["tree", "self_ns"], ascending=[True, False], kind="stable", ignore_index=True)
-
-
-def _stall_of(first_call: Ints, stalls: pd.DataFrame) -> Ints:
-    """Return which stall's calls each root is one of."""
-    filled = stalls.loc[stalls["last_call"] > stalls["first_call"]].sort_values("first_call", kind="stable")
-    if filled.empty:
-        return np.full(len(first_call), NO_STALL, np.int64)
-    order, first, last = filled.index.to_numpy(), filled["first_call"].to_numpy(), filled["last_call"].to_numpy()
-    place = np.searchsorted(first, first_call, side="right") - 1
-    inside = (place >= 0) & (first_call < last[np.maximum(place, 0)])
-    return np.where(inside, order[np.maximum(place, 0)], NO_STALL)
