@@ -40,7 +40,7 @@ def query_buffer_trims(analysis: Analysis) -> Iterator[Found]:
         mine = storms.loc[storms["pid"] == target.pid]
         if mine.empty:
             continue
-        worst = mine.loc[mine["duration_ns"].idxmax()]
+        worst = mine.sort_values("duration_ns").iloc[-1]
         # a stall holds one tick at most, but trees stand for stalls where there is no event loop
         total = int(mine.drop_duplicates("stall")["refused"].sum())
         ticks = "one cron tick" if len(mine) == 1 else f"the longest of {len(mine):,} such cron ticks"
@@ -82,19 +82,21 @@ def allocator_purges(analysis: Analysis) -> Iterator[Found]:
         per_stall = mine.groupby("stall")["self_ns"].sum()
         mostly = (per_stall / stalls["duration_ns"].reindex(per_stall.index) >= MOSTLY).any()
         weight = NOTICE if hurting.empty else CAUSE if mostly else CONTRIBUTES
-        rows = mine.sort_values("self_ns", ascending=False).head(KEPT_EVIDENCE)
+        rows = mine.join(stalls[["start_ns", "duration_ns"]], on="stall")
+        rows = rows.sort_values("self_ns", ascending=False).head(KEPT_EVIDENCE)
         yield Found(
             weight,
             f"{name} returned {format_bytes(purged)} in {format_duration_ns(time_ns)}, {share:.0%} of "
             f"{count(len(stalls), 'stall')}" + (f": {allocator.replace('-', ' ')}" if allocator else ""),
             tuple(
                 Evidence(
-                    f"{count(calls, 'call')}, {format_duration_ns(self_ns)} in a stall of "
-                    f"{format_duration_ns(int(frame.at[stall, 'duration_ns']))}",
-                    since_start(analysis, frame.at[stall, "start_ns"]),
-                    int(frame.at[stall, "duration_ns"]),
+                    f"{count(calls, 'call')}, {format_duration_ns(self_ns)} in a stall of {format_duration_ns(length)}",
+                    since_start(analysis, start_ns),
+                    length,
                 )
-                for stall, calls, self_ns in rows[["stall", "calls", "self_ns"]].itertuples(index=False)
+                for calls, self_ns, start_ns, length in rows[
+                    ["calls", "self_ns", "start_ns", "duration_ns"]
+                ].itertuples(index=False, name=None)
             ),
             {"allocator": _gradual(allocator, target)},
         )
@@ -113,7 +115,7 @@ def background_purges(analysis: Analysis) -> Iterator[Found]:
     purged = sum(int(_decoded(analysis, probe, rows, "purged_bytes").sum()) for probe in probes)
     threads = sorted(rows["tid"].unique())
     length = format_duration_ns(int(rows["duration_ns"].sum()))
-    longest = rows.loc[rows["duration_ns"].idxmax()]
+    longest = rows.sort_values("duration_ns").iloc[-1]
     yield Found(
         CLEARED,
         f"{count(len(rows), 'purge')} ({format_bytes(purged)}, {length}) ran on other threads than the event loop's, "
