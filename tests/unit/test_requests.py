@@ -25,6 +25,7 @@ from rich.console import Console
 from stallscope.reports.terminal import render
 from stallscope.tracer.analysis import requests
 from stallscope.tracer.analysis.analysis import analyse
+from stallscope.tracer.analysis.listener_summary import OverflowCount
 from stallscope.tracer.analysis.requests import (
     ACK_REFUSED_WITH_RST,
     ListenerRequests,
@@ -32,7 +33,7 @@ from stallscope.tracer.analysis.requests import (
     RefusedConnections,
     refused_connections,
 )
-from stallscope.tracer.analysis.summary import OverflowCount, Summary, summarise
+from stallscope.tracer.analysis.summary import Summary, summarise
 from stallscope.tracer.analysis.tables import build_tables
 from stallscope.tracer.capture.listener import EVENTS
 from stallscope.tracer.recording import read_recording

@@ -30,8 +30,10 @@ from recordings import (
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.functions import FunctionSummary, quantile
+from stallscope.tracer.analysis.listener_summary import OverflowCount
+from stallscope.tracer.analysis.stall_summary import KEPT_STALLS
 from stallscope.tracer.analysis.stalls import ITERATIONS, ROOT_CALLS
-from stallscope.tracer.analysis.summary import KEPT_STALLS, OverflowCount, Summary, summarise
+from stallscope.tracer.analysis.summary import Summary, summarise
 from stallscope.tracer.analysis.tables import build_tables, extract
 from stallscope.tracer.errors import RecordingError
 from stallscope.tracer.manifest import Note, ProbeCounters, ProbeInfo

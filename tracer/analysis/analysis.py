@@ -9,6 +9,7 @@ from stallscope.tracer.analysis.nesting import Nested, nest
 from stallscope.tracer.analysis.stalls import Stalls, find_stalls
 from stallscope.tracer.analysis.tables import Tables, build_tables
 from stallscope.tracer.analysis.trees import Trees, find_trees
+from stallscope.tracer.analysis.whatif import Trims, find_trims
 from stallscope.tracer.manifest import Manifest
 from stallscope.tracer.recording import Recording
 
@@ -22,6 +23,7 @@ class Analysis:
         stalls: the stalls with the accept queue, the calls and the overflows around them.
         trees: the slow calls that nothing encloses, with everything they called.
         blame: every overflow with its cause.
+        trims: the trims of query buffers, which :func:`whatif.what_if` asks about.
     """
 
     tables: Tables
@@ -29,6 +31,7 @@ class Analysis:
     stalls: Stalls
     trees: Trees
     blame: Blame
+    trims: Trims
 
     @property
     def recording(self) -> Recording:
@@ -50,4 +53,11 @@ def analyse(recording: Recording) -> Analysis:
     tables = build_tables(recording)
     nested = nest(tables.calls, tables.iterations)
     stalls = find_stalls(tables, nested)
-    return Analysis(tables, nested, stalls, find_trees(tables, nested, stalls.frame), assign_blame(tables, stalls))
+    return Analysis(
+        tables,
+        nested,
+        stalls,
+        find_trees(tables, nested, stalls.frame),
+        assign_blame(tables, stalls),
+        find_trims(tables, nested, stalls),
+    )

@@ -103,6 +103,29 @@ class Blame:
         return sum_by(mine["stall"].to_numpy(), mine["count"].to_numpy(), stalls)
 
 
+@dataclass(frozen=True)
+class BlameSummary:
+    """How many overflows have which cause.
+
+    Attributes:
+        causes: by cause, all of ``CAUSES``; reasons: why those without a known cause have none, by reason.
+        coincidence: how overflows fall into stalls, against chance.
+    """
+
+    causes: dict[str, int]
+    reasons: dict[str, int]
+    coincidence: Coincidence | None
+
+
+def summarise_blame(blame: Blame) -> BlameSummary:
+    """Return the overflows by cause."""
+    unknown = blame.overflows.loc[blame.overflows["cause"] == NO_KNOWN_CAUSE]
+    reasons = unknown.groupby("reason")["count"].sum().sort_values(ascending=False)
+    return BlameSummary(
+        blame.counts(), {str(reason): int(number) for reason, number in reasons.items()}, blame.coincidence
+    )
+
+
 def assign_blame(tables: Tables, stalls: Stalls) -> Blame:
     """Return every overflow with its cause; the tests are in this module's documentation."""
     overflows = stalls.overflows

@@ -14,10 +14,12 @@ import pandas as pd
 from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.segments import range_of, ranges
 from stallscope.tracer.analysis.tables import Tables
-from stallscope.tracer.manifest import CALL
+from stallscope.tracer.manifest import CALL, Manifest
 
 CLIENT_VISIT = "clientsCronResizeQueryBuffer"
 """The function that the cron calls once for each client it visits."""
+
+KEPT_TREES = 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,37 @@ class Trees:
     functions: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class TreeFunction:
+    """One function in one slow tree: its calls, their time with recursion counted once, and their own."""
+
+    name: str
+    calls: int
+    total_ns: int
+    self_ns: int
+
+
+@dataclass(frozen=True)
+class TreeSummary:
+    """One slow tree as plain data.
+
+    Attributes:
+        root: name of the outermost function; start_ns: since the recording's start; calls: in it.
+        clients: visits of clients.
+        functions: most self time first.
+    """
+
+    root: str
+    start_ns: int
+    duration_ns: int
+    pid: int
+    tid: int
+    unfinished: bool
+    calls: int
+    clients: int
+    functions: tuple[TreeFunction, ...]
+
+
 def find_trees(tables: Tables, nested: Nested, stalls: pd.DataFrame) -> Trees:
     """Return the slow trees.
 
@@ -69,6 +102,33 @@ def find_trees(tables: Tables, nested: Nested, stalls: pd.DataFrame) -> Trees:
     frame["clients"] = clients.reindex(frame.index, fill_value=0).astype(np.int64)
     stall = range_of(frame["first_call"].to_numpy(), stalls["first_call"].to_numpy(), stalls["last_call"].to_numpy())
     return Trees(frame.assign(stall=stall), functions)
+
+
+def summarise_trees(trees: Trees, manifest: Manifest) -> tuple[TreeSummary, ...]:
+    """Return the longest trees, at most ``KEPT_TREES``, sorted by start."""
+    names = {probe.id: probe.name for probe in manifest.probes}
+    longest = trees.frame.nlargest(KEPT_TREES, "duration_ns").sort_index()
+    summaries = []
+    for index in longest.index.tolist():
+        row = longest.loc[index]
+        inside = trees.functions.loc[trees.functions["tree"] == index, ["probe", "calls", "total_ns", "self_ns"]]
+        summaries.append(
+            TreeSummary(
+                root=names.get(int(row["probe"]), str(row["probe"])),
+                start_ns=int(row["start_ns"]) - manifest.started_ns,
+                duration_ns=int(row["duration_ns"]),
+                pid=int(row["pid"]),
+                tid=int(row["tid"]),
+                unfinished=bool(row["unfinished"]),
+                calls=int(row["last_call"]) - int(row["first_call"]),
+                clients=int(row["clients"]),
+                functions=tuple(
+                    TreeFunction(names.get(probe, str(probe)), calls, total_ns, self_ns)
+                    for probe, calls, total_ns, self_ns in inside.itertuples(index=False, name=None)
+                ),
+            )
+        )
+    return tuple(summaries)
 
 
 def _functions(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:

@@ -10,10 +10,10 @@ from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.blame import SLOW_DRAIN, SMALL_BACKLOG
 from stallscope.tracer.analysis.findings import CAUSE, CLEARED, CONTRIBUTES, NOTICE, Evidence
 from stallscope.tracer.analysis.requests import ACK_REFUSED_WITH_RST, event_hits, requests_observed
-from stallscope.tracer.analysis.rules.rule import KEPT_EVIDENCE, Found, Rule, count, refused, since_start
+from stallscope.tracer.analysis.rules.rule import KEPT_EVIDENCE, Found, Rule, refused, since_start
 from stallscope.tracer.analysis.tables import NS_PER_S
 from stallscope.tracer.manifest import NamespaceInfo, TargetInfo
-from stallscope.tracer.units import format_duration_ns
+from stallscope.tracer.units import format_count, format_duration_ns
 
 SOMAXCONN = "net.core.somaxconn"
 ABORT = "net.ipv4.tcp_abort_on_overflow"
@@ -61,7 +61,7 @@ def backlog_too_small(analysis: Analysis) -> Iterator[Found]:
     needed, limit = int(largest["came"].iloc[0]), int(largest["queue_limit"].iloc[0])
     yield Found(
         CAUSE,
-        f"backlog too small: {refused(int(mine['overflows'].sum()))} in {count(len(mine), 'burst')} of up to "
+        f"backlog too small: {refused(int(mine['overflows'].sum()))} in {format_count(len(mine), 'burst')} of up to "
         f"{needed:,}, though no stall was under way; the queue holds {limit + 1:,}",
         tuple(
             Evidence(
@@ -90,7 +90,7 @@ def slow_drain(analysis: Analysis) -> Iterator[Found]:
         limit = _per_cycle(target)
         evidence = [
             Evidence(
-                f"{count(overflows, 'overflow')} in {format_duration_ns(span)}: {rate:,.0f} accepted of "
+                f"{format_count(overflows, 'overflow')} in {format_duration_ns(span)}: {rate:,.0f} accepted of "
                 f"{arrivals:,.0f} a second",
                 since_start(analysis, start),
                 int(span),
@@ -171,10 +171,10 @@ def syn_queue_full(analysis: Analysis) -> Iterator[Found]:
                      "listeners of the network namespace")
         ]  # fmt: skip
         if exact:
-            evidence.append(Evidence(f"{count(exact, 'SYN')} refused at a watched listener"))
+            evidence.append(Evidence(f"{format_count(exact, 'SYN')} refused at a watched listener"))
         evidence += [Evidence(f"{SYN_BACKLOG} = {limit}")] if limit else []
-        what = [f"{count(dropped, 'SYN')} dropped"] if dropped else []
-        what += [f"{count(cookies, 'SYN')} answered with a cookie"] if cookies else []
+        what = [f"{format_count(dropped, 'SYN')} dropped"] if dropped else []
+        what += [f"{format_count(cookies, 'SYN')} answered with a cookie"] if cookies else []
         yield Found(CONTRIBUTES if dropped else NOTICE, f"the SYN queue was full: {', '.join(what)}", tuple(evidence))
 
 
@@ -186,11 +186,11 @@ def clients_reset(analysis: Analysis) -> Iterator[Found]:
             continue
         if requests_observed(analysis.manifest):
             resets = event_hits(analysis.tables).get(ACK_REFUSED_WITH_RST, 0)
-            told = f"{count(resets, 'third ACK')} of a watched listener answered with RST"
+            told = f"{format_count(resets, 'third ACK')} of a watched listener answered with RST"
         else:
             resets = _grown(space, "EmbryonicRsts")
             told = f"the kernel counted EmbryonicRsts +{resets:,}, for any reason"
-        saw = f"{count(resets, 'client')} saw a reset" if resets else "no client saw a reset"
+        saw = f"{format_count(resets, 'client')} saw a reset" if resets else "no client saw a reset"
         yield Found(NOTICE, f"tcp_abort_on_overflow is 1: {saw}", (Evidence(f"{ABORT} = 1"), Evidence(told)))
 
 
@@ -206,8 +206,8 @@ def silent_refusals(analysis: Analysis) -> Iterator[Found]:
     rows = rows.loc[rows["event"].isin(SILENT)].head(KEPT_EVIDENCE)
     yield Found(
         NOTICE,
-        f"{count(total, 'third ACK was', 'third ACKs were')} dropped silently: those clients believe that they are "
-        "connected",
+        f"{format_count(total, 'third ACK was', 'third ACKs were')} dropped silently: those clients believe that they "
+        "are connected",
         (
             *(Evidence(f"{name}: {number:,}") for name, number in hits.items()),
             *(

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.blame import NO_KNOWN_CAUSE
 from stallscope.tracer.analysis.findings import CLEARED, CONTRIBUTES, NOTICE, Evidence
-from stallscope.tracer.analysis.rules.rule import KEPT_EVIDENCE, Found, Rule, count, since_start
+from stallscope.tracer.analysis.rules.rule import KEPT_EVIDENCE, Found, Rule, since_start
 from stallscope.tracer.analysis.stalls import loop_observed
 from stallscope.tracer.manifest import CALL
-from stallscope.tracer.units import format_duration_ns
+from stallscope.tracer.units import format_count, format_duration_ns
 
 
 def no_known_cause(analysis: Analysis) -> Iterator[Found]:
@@ -25,7 +25,7 @@ def no_known_cause(analysis: Analysis) -> Iterator[Found]:
     reasons = reasons.sort_values("count", ascending=False)
     yield Found(
         CONTRIBUTES,
-        f"{count(int(mine['count'].sum()), 'overflow has', 'overflows have')} no known cause",
+        f"{format_count(int(mine['count'].sum()), 'overflow has', 'overflows have')} no known cause",
         tuple(
             Evidence(f"{number:,}: {reason}", since_start(analysis, first), int(last - first))
             for reason, number, first, last in reasons.itertuples(name=None)
@@ -43,7 +43,7 @@ def losses(analysis: Analysis) -> Iterator[Found]:
     most = sorted(missing.items(), key=lambda item: -item[1])[:KEPT_EVIDENCE]
     yield Found(
         NOTICE,
-        f"{count(sum(missing.values()), 'event was', 'events were')} lost: this is not the whole picture",
+        f"{format_count(sum(missing.values()), 'event was', 'events were')} lost: this is not the whole picture",
         tuple(Evidence(f"{names.get(probe, probe)}: {number:,}") for probe, number in most),
     )
 
@@ -83,7 +83,7 @@ def nothing_wrong(analysis: Analysis) -> Iterator[Found]:
         CLEARED,
         f"nothing wrong in {format_duration_ns(length_ns)}: no event loop iteration of "
         f"{format_duration_ns(analysis.manifest.stall_ns)} or more, and no connection refused",
-        (Evidence(f"the accept queue held at most {count(fullest, 'connection')}"),),
+        (Evidence(f"the accept queue held at most {format_count(fullest, 'connection')}"),),
     )
 
 

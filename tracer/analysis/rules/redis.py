@@ -10,13 +10,13 @@ import pandas as pd
 from stallscope.probes.catalogue import parse_version
 from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.findings import CAUSE, CLEARED, CONTRIBUTES, NOTICE, Evidence
-from stallscope.tracer.analysis.rules.rule import KEPT_EVIDENCE, Found, Rule, count, refused, since_start
+from stallscope.tracer.analysis.rules.rule import KEPT_EVIDENCE, Found, Rule, refused, since_start
 from stallscope.tracer.analysis.segments import ranges
 from stallscope.tracer.analysis.tables import Ints
 from stallscope.tracer.analysis.trees import CLIENT_VISIT
-from stallscope.tracer.analysis.whatif import DEFAULT_BYTES, find_trims, what_if
+from stallscope.tracer.analysis.whatif import DEFAULT_BYTES, what_if
 from stallscope.tracer.manifest import CALL, ProbeInfo, TargetInfo
-from stallscope.tracer.units import format_bytes, format_duration_ns
+from stallscope.tracer.units import format_bytes, format_count, format_duration_ns
 
 PURGE = "je_pages_purge"
 
@@ -45,7 +45,7 @@ def query_buffer_trims(analysis: Analysis) -> Iterator[Found]:
         total = int(mine.drop_duplicates("stall")["refused"].sum())
         ticks = "one cron tick" if len(mine) == 1 else f"the longest of {len(mine):,} such cron ticks"
         title = (
-            f"query-buffer trims: {count(int(worst['clients']), 'client')} in {ticks} blocked Redis for "
+            f"query-buffer trims: {format_count(int(worst['clients']), 'client')} in {ticks} blocked Redis for "
             f"{format_duration_ns(int(worst['duration_ns']))}"
         )
         title += f"; meanwhile {refused(total)}" if total else ""
@@ -87,10 +87,11 @@ def allocator_purges(analysis: Analysis) -> Iterator[Found]:
         yield Found(
             weight,
             f"{name} returned {format_bytes(purged)} in {format_duration_ns(time_ns)}, {share:.0%} of "
-            f"{count(len(stalls), 'stall')}" + (f": {allocator.replace('-', ' ')}" if allocator else ""),
+            f"{format_count(len(stalls), 'stall')}" + (f": {allocator.replace('-', ' ')}" if allocator else ""),
             tuple(
                 Evidence(
-                    f"{count(calls, 'call')}, {format_duration_ns(self_ns)} in a stall of {format_duration_ns(length)}",
+                    f"{format_count(calls, 'call')}, {format_duration_ns(self_ns)} in a stall of "
+                    f"{format_duration_ns(length)}",
                     since_start(analysis, start_ns),
                     length,
                 )
@@ -118,8 +119,8 @@ def background_purges(analysis: Analysis) -> Iterator[Found]:
     longest = rows.sort_values("duration_ns").iloc[-1]
     yield Found(
         CLEARED,
-        f"{count(len(rows), 'purge')} ({format_bytes(purged)}, {length}) ran on other threads than the event loop's, "
-        "as jemalloc_bg_thd: they did not stall clients",
+        f"{format_count(len(rows), 'purge')} ({format_bytes(purged)}, {length}) ran on other threads than the event "
+        "loop's, as jemalloc_bg_thd: they did not stall clients",
         (
             Evidence(f"{'thread' if len(threads) == 1 else 'threads'} {', '.join(map(str, threads[:KEPT_EVIDENCE]))}"),
             Evidence(
@@ -165,7 +166,7 @@ def unexplained_stalls(analysis: Analysis) -> Iterator[Found]:
     lost = analysis.blame.by_stall(len(frame))
     total = int(lost[mine.index].sum())
     title = (
-        f"{len(mine):,} of {count(len(frame), 'stall')} {'is' if len(mine) == 1 else 'are'} mostly unexplained: "
+        f"{len(mine):,} of {format_count(len(frame), 'stall')} {'is' if len(mine) == 1 else 'are'} mostly unexplained: "
         f"{format_duration_ns(int(rest[mine.index].sum()))} in no traced function"
     )
     traced = {probe.name for probe in analysis.manifest.probes if probe.kind == CALL}
@@ -193,7 +194,7 @@ def _tick(analysis: Analysis, tree: pd.Series[int]) -> Evidence:
     names = {probe.id: probe.name for probe in analysis.manifest.probes}
     most = analysis.trees.functions.loc[analysis.trees.functions["tree"] == tree.name].iloc[0]
     text = (
-        f"one {names.get(int(tree['probe']), 'call')} tick: {count(int(tree['clients']), 'client')}, "
+        f"one {names.get(int(tree['probe']), 'call')} tick: {format_count(int(tree['clients']), 'client')}, "
         f"{format_duration_ns(int(tree['duration_ns']))}, of it {format_duration_ns(int(most['self_ns']))} "
         f"in {names.get(int(most['probe']), 'a call')}"
     )
@@ -219,14 +220,13 @@ def _clients(analysis: Analysis, stall: int) -> list[Evidence]:
 
 def _of_small_buffers(analysis: Analysis) -> tuple[list[Evidence], str]:
     """Return what a threshold of 32 KB would have done, as a fact and as advice."""
-    trims = find_trims(analysis.tables, analysis.nested, analysis.stalls)
-    if not len(trims.free_bytes):
+    if not len(analysis.trims.free_bytes):
         return [], ""
-    result = what_if(analysis.tables, trims, analysis.stalls.frame, DEFAULT_BYTES)
+    result = what_if(analysis.tables, analysis.trims, analysis.stalls.frame, DEFAULT_BYTES)
     size = f"{DEFAULT_BYTES // 1024} KB"
     fact = (
-        f"a trim threshold of {size} would have skipped {result.skipped:,} of {count(result.trims, 'trim')} and saved "
-        f"{format_duration_ns(result.saved_ns)}"
+        f"a trim threshold of {size} would have skipped {result.skipped:,} of {format_count(result.trims, 'trim')} "
+        f"and saved {format_duration_ns(result.saved_ns)}"
     )
     if result.longest_left_ns <= MOSTLY * result.longest_stall_ns:
         kept = format_bytes(result.kept_limit_bytes)

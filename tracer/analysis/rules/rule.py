@@ -1,4 +1,4 @@
-"""What a rule is, and the words that all rules share."""
+"""What a rule is, and what all rules share."""
 
 from __future__ import annotations
 
@@ -47,11 +47,6 @@ class Rule:
             Finding(self.name, found.weight, found.title, self.remedy.format(**found.places), found.evidence)
             for found in self.find(analysis)
         ]
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, as ``1 stall`` or ``1,204 stalls``."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def refused(times: int) -> str:
