@@ -252,7 +252,8 @@ class Builder:
         events = empty_events(len(rows))
         for event, (start, duration, probe, tid, values, stack) in zip(events, rows, strict=True):
             event["start_ns"], event["duration_ns"], event["probe"] = start, duration, probe
-            event["pid"], event["tid"], event["value"], event["stack"] = PID, tid, values, stack
+            event["pid"], event["tid"], event["stack"] = PID, tid, stack
+            event["value"] = np.array(values, np.uint64)
         return events
 
     def write(

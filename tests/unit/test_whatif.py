@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,7 +102,9 @@ def test_what_was_only_counted_is_owned_up_to(tmp_path: Path) -> None:
 
 
 def test_a_length_that_is_none_is_larger_than_any_threshold(tmp_path: Path) -> None:
-    analysis = analysed(tick(Builder(), 1000, [2**64 - 1, 32 * KB]), tmp_path)
+    builder = tick(Builder(), 1000, [32 * KB]).span(CLIENTS, 2000, 50)
+    builder.resize(2010, 30, idle_s=3, allocated=0, free=0).span(TRIM, 2011, 20, 0, 2**64 - 1)
+    analysis = analysed(builder, tmp_path)
     assert asked(analysis, 2**62).skipped == 1
 
 
@@ -120,7 +123,7 @@ def test_a_higher_threshold_skips_more_saves_more_and_keeps_more(ticks: list[lis
     everything = asked(analysis, 300_000)
     assert everything.skipped == everything.trims == sum(map(len, ticks))
     assert everything.kept_bytes == sum(map(sum, ticks))
-    for low, high in zip(results, results[1:], strict=False):
+    for low, high in pairwise(results):
         assert low.skipped <= high.skipped <= high.trims
         assert low.saved_ns <= high.saved_ns
         assert low.kept_bytes <= high.kept_bytes
