@@ -45,6 +45,10 @@ def findings(summary: Summary) -> list[Line]:
 def around_a_stall(stall: StallSummary, *, waits_exact: bool) -> list[Line]:
     """Return what a stall did to the queue and to whom, one line each for what is known."""
     lines = []
+    if stall.queue_max is not None:
+        lengths = ((stall.queue_start, "before"), (stall.queue_max, "at most"), (stall.queue_end, "at the end"))
+        known = [f"{length:,} {when}" for length, when in lengths if length is not None]
+        lines.append(f"accept queue: {', '.join(known)}; limit {stall.queue_limit:,}")
     if stall.full_ns is not None:
         text = f"queue full after {format_duration_ns(stall.full_ns)}"
         if stall.first_overflow_ns is not None:
@@ -108,8 +112,10 @@ def what_if(summary: Summary) -> list[Line]:
 
 
 def _threshold(result: WhatIf) -> str:
+    size = result.threshold_bytes
+    threshold = f"{size // 1024:,} KB" if size and size % 1024 == 0 else f"{size:,} B"
     text = (
-        f"above {result.threshold_bytes / 1024:g} KB: {result.skipped:,} of {format_count(result.trims, 'trim')} "
+        f"above {threshold}: {result.skipped:,} of {format_count(result.trims, 'trim')} "
         f"skipped, {format_duration_ns(result.saved_ns)} saved, {format_bytes(result.kept_bytes)} not given back "
         f"(at a time at most {format_bytes(result.kept_limit_bytes)}: {format_count(result.clients, 'client')})"
     )

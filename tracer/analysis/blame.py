@@ -10,7 +10,10 @@ stall
 
 The other tests look at an *episode*: from when the queue was last seen normal (at most a tenth of its limit),
 or from the end of the last stall's drain if that is later, to the last overflow before it is normal again.
-No iteration in it reached the stall threshold, so the server came back to its queue at least that often.
+They need that no stall can have been missed: where event loop iterations were not observed or were lost, or
+the recording was cut short in the middle of the episode, and where the queue was not sampled, there is no
+known cause. Otherwise no iteration in the episode reached the stall threshold, so the server came back to
+its queue at least that often, and the first of these that holds is the cause:
 
 backlog too small
     The episode began with a normal queue and is short: a server that came back within one threshold found
@@ -20,10 +23,10 @@ slow drain
     fewer than came: accepted, waiting and refused together. So it takes too few connections an iteration.
     Redis 7.4 and later accept ten, unless ``max-new-connections-per-cycle`` says otherwise.
 no known cause
-    Everything else, with the reason: the overflow was at no listener that was watched; event loop
-    iterations were not observed, were lost, or the recording was cut short in the middle of the episode, so
-    a stall cannot be excluded; the queue was not sampled; the server accepted nothing, or paused, with no
-    long iteration recorded (a process that was stopped, or not scheduled, while it waited for events).
+    Everything else: the server accepted nothing, or paused, with no long iteration recorded (a process that
+    was stopped, or not scheduled, while it waited for events). So are overflows of no watched listener.
+
+The reason why there is no known cause is kept with each.
 
 On the sampled rung overflows are known by interval and listener (:mod:`overflows`), the queue every sampling
 interval; with kernel probes each overflow has its own time. Accepts and iterations come from raw tracepoints

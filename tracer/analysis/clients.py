@@ -47,15 +47,15 @@ def _clients(frame: pd.DataFrame, tables: Tables, nested: Nested) -> pd.DataFram
     outermost = _outermost_for_a_client(tables, nested)[calls["path"].to_numpy()[call]]
     stall, call = stall[outermost], call[outermost]
     end = (frame["start_ns"] + frame["duration_ns"]).to_numpy()
-    rows = calls.iloc[call].reset_index(drop=True)
-    time_ns = np.minimum(rows["duration_ns"].to_numpy(), end[stall] - rows["start_ns"].to_numpy())
+    probes, start_ns, row = (calls[name].to_numpy()[call] for name in ("probe", "start_ns", "row"))
+    time_ns = np.minimum(calls["duration_ns"].to_numpy()[call], end[stall] - start_ns)
     parts = [_empty()]
     for probe in tables.manifest.probes:
         field = next((item.name for item in probe.fields if item.name in (FD, CLIENT_ID)), "")
-        mine = np.flatnonzero(rows["probe"].to_numpy() == probe.id)
+        mine = np.flatnonzero(probes == probe.id)
         if probe.kind != CALL or not field or not len(mine):
             continue
-        decoded = tables.decode(probe, rows["start_ns"].to_numpy()[mine], rows["row"].to_numpy()[mine])
+        decoded = tables.decode(probe, start_ns[mine], row[mine])
         parts.append(
             pd.DataFrame(
                 {
@@ -64,7 +64,8 @@ def _clients(frame: pd.DataFrame, tables: Tables, nested: Nested) -> pd.DataFram
                     "client": decoded[field].astype(np.int64),
                     "time_ns": time_ns[mine],
                     "free_bytes": decoded.get("free_bytes", np.full(len(mine), NOT_KNOWN)).astype(np.int64),
-                }
+                },
+                copy=False,
             )
         )
     told = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from stallscope.tracer.analysis.overflows import listener_step
+from stallscope.tracer.analysis.overflows import Step, listener_step
 from stallscope.tracer.analysis.requests import ACCEPTED
 from stallscope.tracer.analysis.segments import NOT_KNOWN, range_max
 from stallscope.tracer.analysis.tables import NS_PER_S, Ints, Tables
@@ -30,7 +30,7 @@ def with_queue(frame: pd.DataFrame, tables: Tables) -> pd.DataFrame:
     end = begin + frame["duration_ns"].to_numpy()
     added = {
         name: np.full(count, NOT_KNOWN, np.int64)
-        for name in ("listener", "queue_start", "queue_max", "queue_limit", "full_ns")
+        for name in ("listener", "queue_start", "queue_max", "queue_end", "queue_limit", "full_ns")
     }
     fill = np.full(count, -1.0)
     drain = np.zeros(count, np.int64)
@@ -47,6 +47,7 @@ def with_queue(frame: pd.DataFrame, tables: Tables) -> pd.DataFrame:
         added["listener"][target] = listener.index
         added["queue_start"][target] = seen.start[fuller]
         added["queue_max"][target] = seen.most[fuller]
+        added["queue_end"][target] = seen.end[fuller]
         added["queue_limit"][target] = seen.limit[fuller]
         added["full_ns"][target] = seen.full[fuller]
         drain[mine] = np.maximum(drain[mine], seen.drain)
@@ -64,14 +65,14 @@ class _QueueAround:
         count = len(begin)
         self.start = np.full(count, NOT_KNOWN, np.int64)
         self.most = np.full(count, NOT_KNOWN, np.int64)
+        self.end = np.full(count, NOT_KNOWN, np.int64)
         self.limit = np.full(count, listener.limit, np.int64)
         self.drain = np.zeros(count, np.int64)
         self.drained = np.ones(count, np.bool_)
         if len(time):
-            before = np.searchsorted(time, begin, side="right") - 1
-            fresh = (before >= 0) & (begin - time[np.maximum(before, 0)] <= STALE_NS)
-            self.start[fresh] = length.value[before[fresh]]
-            after = np.searchsorted(time, end, side="right")
+            self.start, before = _fresh(length, begin)
+            self.end, last = _fresh(length, end)
+            after = last + 1
             self.most = np.maximum(self.start, range_max(length.value, before + 1, after))
             self.limit = limits.at(end)
             self._drain(time, length.value, after, end, until)
@@ -91,6 +92,13 @@ class _QueueAround:
             back = np.flatnonzero(value[place:stop] <= normal[index])
             self.drained[index] = len(back) > 0
             self.drain[index] = (time[place + back[0]] if len(back) else until[index]) - end[index]
+
+
+def _fresh(length: Step, moment: Ints) -> tuple[Ints, Ints]:
+    """Return the length at each of these times, NOT_KNOWN where its sample is too old, and the sample's place."""
+    place = np.searchsorted(length.time_ns, moment, side="right") - 1
+    fresh = (place >= 0) & (moment - length.time_ns[np.maximum(place, 0)] <= STALE_NS)
+    return np.where(fresh, length.value[np.maximum(place, 0)], NOT_KNOWN), place
 
 
 def _times_full(tables: Tables, listener: int) -> Ints:

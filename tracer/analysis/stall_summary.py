@@ -62,7 +62,7 @@ class StallSummary:
     Attributes:
         start_ns: since the recording's start; wall_ns: since 1970.
         listener: address of the fullest listener, "" if none is known.
-        queue_start, queue_max, queue_limit, accepted, accepted_drain: None where not observed.
+        queue_start, queue_max, queue_end, queue_limit, accepted, accepted_drain: None where not observed.
         connections_refused: how many different connections the overflows refused, None where only
             the refusals could be counted.
         functions: time by function, most self time first; unexplained_ns: the rest of ``duration_ns``.
@@ -85,6 +85,7 @@ class StallSummary:
     listener: str
     queue_start: int | None
     queue_max: int | None
+    queue_end: int | None
     queue_limit: int | None
     drain_ns: int
     drained: bool
@@ -136,6 +137,7 @@ def summarise_stalls(tables: Tables, nested: Nested, stalls: Stalls) -> tuple[St
                 listener=listeners.get(int(row["listener"]), ""),
                 queue_start=_known(row["queue_start"]),
                 queue_max=_known(row["queue_max"]),
+                queue_end=_known(row["queue_end"]),
                 queue_limit=_known(row["queue_limit"]),
                 drain_ns=int(row["drain_ns"]),
                 drained=bool(row["drained"]),

@@ -46,6 +46,7 @@ class Stalls:
             listener          int64         the listener whose queue was the fullest, -1: none known
             queue_start       int64         length of its queue when the stall began, -1: not known
             queue_max         int64         greatest length seen in the stall, -1: not known
+            queue_end         int64         length when the stall ended, -1: not known
             queue_limit       int64         its limit, -1: not known
             full_ns           int64   ns    from the start until it was first found full (by a sample or a request),
                                             -1: it was not, or it is not known
@@ -123,7 +124,8 @@ def time_by_function(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
             "probe": calls["probe"].to_numpy()[call].astype(np.int64),
             "self_ns": np.minimum(calls["self_ns"].to_numpy()[call], left),
             "longest_ns": np.minimum(calls["duration_ns"].to_numpy()[call], left),
-        }
+        },
+        copy=False,
     )
     groups = inside.groupby(["stall", "probe"], sort=True)
     result = groups.agg(calls=("self_ns", "size"), self_ns=("self_ns", "sum"), longest_ns=("longest_ns", "max"))

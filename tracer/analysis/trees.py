@@ -141,7 +141,8 @@ def _functions(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
             "probe": calls["probe"].to_numpy()[call].astype(np.int64),
             "total_ns": np.where(nested.outermost()[call], duration, 0),
             "self_ns": calls["self_ns"].to_numpy()[call],
-        }
+        },
+        copy=False,
     )
     groups = inside.groupby(["tree", "probe"], sort=True, as_index=False)
     result = groups.agg(calls=("self_ns", "size"), total_ns=("total_ns", "sum"), self_ns=("self_ns", "sum"))

@@ -81,7 +81,7 @@ def _overlapping(waits: _Waits, begin: Ints, end: Ints) -> pd.DataFrame:
     low = np.searchsorted(np.maximum.accumulate(until), begin, side="right")
     stall, place = ranges(low, np.searchsorted(since, end, side="left"))
     inside = until[place] > begin[stall]
-    return pd.DataFrame({"stall": stall[inside], "wait_ns": (until - since)[place[inside]]})
+    return pd.DataFrame({"stall": stall[inside], "wait_ns": (until - since)[place[inside]]}, copy=False)
 
 
 def _accepts_lost(tables: Tables) -> bool:

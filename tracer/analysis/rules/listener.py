@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from stallscope.probes.catalogue import parse_version
 from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.blame import SLOW_DRAIN, SMALL_BACKLOG
@@ -32,7 +34,7 @@ def backlog_clamped(analysis: Analysis) -> Iterator[Found]:
     """Listeners whose limit is somaxconn and below what the configuration asks for."""
     for target in analysis.manifest.targets:
         wanted = _number(target.info.get(BACKLOG))
-        clamp = _number(_namespace(analysis, target).sysctls.get(SOMAXCONN))
+        clamp = _number(_namespace(analysis, target.namespace).sysctls.get(SOMAXCONN))
         listeners = [item for item in analysis.manifest.listeners if item.pid == target.pid]
         clamped = [item for item in listeners if clamp == item.limit and clamp < wanted]
         if not clamped:
@@ -85,7 +87,7 @@ def slow_drain(analysis: Analysis) -> Iterator[Found]:
         if mine.empty:
             continue
         worst = mine.sort_values("overflows", ascending=False).head(KEPT_EVIDENCE)
-        spans = (worst["end_ns"] - worst["start_ns"]).to_numpy()
+        spans = np.maximum((worst["end_ns"] - worst["start_ns"]).to_numpy(), 1)
         accepted, came = (worst[name].to_numpy() * NS_PER_S / spans for name in ("accepted", "came"))
         limit = _per_cycle(target)
         evidence = [
@@ -127,8 +129,7 @@ def larger_backlog(analysis: Analysis) -> Iterator[Found]:
     rate = (limit + 1 - start) * NS_PER_S / full_ns
     needed = start + math.ceil(rate * length_ns / NS_PER_S)
     listener = next(item for item in analysis.manifest.listeners if item.index == stall["listener"])
-    sysctls = {space.index: space.sysctls for space in analysis.manifest.namespaces}[listener.namespace]
-    larger = max(LARGE_BACKLOG, _number(sysctls.get(SOMAXCONN)))
+    larger = max(LARGE_BACKLOG, _number(_namespace(analysis, listener.namespace).sysctls.get(SOMAXCONN)))
     larger = larger if larger > limit else 2 * limit
     evidence = (
         Evidence(
@@ -227,9 +228,9 @@ def _per_cycle(target: TargetInfo) -> int:
     return told or (PER_CYCLE_DEFAULT if since_74 else 0)
 
 
-def _namespace(analysis: Analysis, target: TargetInfo) -> NamespaceInfo:
-    unknown = NamespaceInfo(target.namespace, 0, {})
-    return next((space for space in analysis.manifest.namespaces if space.index == target.namespace), unknown)
+def _namespace(analysis: Analysis, index: int) -> NamespaceInfo:
+    unknown = NamespaceInfo(index, 0, {})
+    return next((space for space in analysis.manifest.namespaces if space.index == index), unknown)
 
 
 def _grown(space: NamespaceInfo, counter: str) -> int:

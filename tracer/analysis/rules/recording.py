@@ -74,7 +74,7 @@ def nothing_wrong(analysis: Analysis) -> Iterator[Found]:
         max(space.counters_end.get("ListenOverflows", 0) - space.counters_start.get("ListenOverflows", 0), 0)
         for space in analysis.manifest.namespaces
     )
-    watched = loop_observed(analysis.tables) and not analysis.tables.queues.empty
+    watched = loop_observed(analysis.tables) and not analysis.tables.queues.empty and analysis.recording.complete
     if len(analysis.stalls.frame) or len(analysis.blame.overflows) or counted or lost or not watched:
         return
     length_ns = analysis.tables.end_ns - analysis.manifest.started_ns
