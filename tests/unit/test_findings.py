@@ -38,7 +38,7 @@ from stallscope.tracer.recording import read_recording
 LOOP = {ITERATION_ID: ProbeCounters(hits=500, short_calls=500, short_ns=100 * MS)}
 STORM_SAYS = (
     "query-buffer trims: 5 clients in one cron tick blocked Redis for 618 ms; "
-    "meanwhile connections were refused 43 times"
+    "during it connections were refused 43 times"
 )
 
 
@@ -253,6 +253,21 @@ def stall_that_fills(tmp_path: Path, *, full_after_ms: float, length_ms: float) 
     return analysed(builder, tmp_path, overflows_end=905)
 
 
+def test_ticks_that_are_a_small_part_of_their_stall_are_not_blamed_for_it(tmp_path: Path) -> None:
+    """The longer tick fills its stall. The shorter one took 40 ms of 300 ms, in which 9 were refused."""
+    builder = add_storm(Builder(), 1000).queue(4990, 0, 83).span(ITERATION_ID, 5000, 300).span(CRON, 5001, 40)
+    builder.resize(5002, 38, idle_s=3, allocated=1000, free=500)
+    builder.queue(5200, 512, 92).counter(5200, 952).queue(5310, 0, 92)
+    finding = found(analysed(builder, tmp_path, overflows_end=952), "query-buffer-trims")
+    assert finding.title.startswith(
+        "query-buffer trims: 5 clients in one cron tick blocked Redis for 618 ms (the longest of 2 such ticks); "
+        "during them connections were refused 43 times"
+    )
+    assert [("refused" in fact.text) for fact in finding.evidence[:2]] == [True, False]
+    unexplained = found(analysed(builder, tmp_path, overflows_end=952), "unexplained-stalls")
+    assert unexplained.title.endswith("meanwhile connections were refused 9 times")
+
+
 def test_a_larger_backlog_would_have_overflowed_too(tmp_path: Path) -> None:
     """512 connections in 100 ms: 4,096 are there after 800 ms, 3,585 more than 511 after 700.2 ms more."""
     finding = found(stall_that_fills(tmp_path, full_after_ms=100, length_ms=1000), "larger-backlog")
@@ -262,7 +277,7 @@ def test_a_larger_backlog_would_have_overflowed_too(tmp_path: Path) -> None:
         "stall ended"
     )
     assert "5,120 connections a second" in finding.evidence[0].text
-    assert "5,120 connections wait" in finding.evidence[1].text
+    assert "4,608 more came: at this rate, or 5 that were refused" in finding.evidence[1].text
 
 
 def test_a_larger_backlog_would_have_hidden_the_stall(tmp_path: Path) -> None:
@@ -272,6 +287,16 @@ def test_a_larger_backlog_would_have_hidden_the_stall(tmp_path: Path) -> None:
         "waited up to 1.00 s"
     )
     assert "leave the backlog alone" in finding.remedy
+
+
+def test_a_larger_backlog_must_hold_those_that_were_refused_too(tmp_path: Path) -> None:
+    """The queue filled in 900 ms of 1 s, 57 more would have come at this rate; but 300 clients were refused."""
+    builder = Builder(hooked_manifest()).queue(990, 0, 0).span(ITERATION_ID, 1000, 1000).queue(1900, 512, 0)
+    for index in range(300):
+        builder.request(1901 + index / 4, "SYN refused: accept queue full", 30000 + index, queue_length=512)
+    finding = found(analysed(builder.queue(2010, 0, 300), tmp_path, overflows_end=1200), "larger-backlog")
+    assert "812 would have held them all" in finding.title
+    assert "300 more came: at this rate, or 300 that were refused" in finding.evidence[1].text
 
 
 def test_syn_queue_full(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ PER_CYCLE, PER_CYCLE_DEFAULT = "config:max-new-connections-per-cycle", 10
 LARGE_BACKLOG = 4096
 """The default of somaxconn since Linux commit 19f92a030ca6, v5.4: what people raise a backlog to."""
 
+RETRY_NS = NS_PER_S
+"""Linux sends a SYN again after TCP_TIMEOUT_INIT, 1 s (RFC 6298)."""
+
 SYN_QUEUE_FULL = "SYN refused: SYN queue full"
 SILENT = ("third ACK refused silently: accept queue full", "cookie ACK refused: accept queue full")
 
@@ -126,8 +129,13 @@ def larger_backlog(analysis: Analysis) -> Iterator[Found]:
     stall = mine.sort_values(["overflows", "duration_ns"], ascending=False).iloc[0]
     start, limit = int(stall["queue_start"]), int(stall["queue_limit"])
     length_ns, full_ns = int(stall["duration_ns"]), int(stall["full_ns"])
+    rest_ns = max(length_ns - full_ns, 1)
     rate = (limit + 1 - start) * NS_PER_S / full_ns
-    needed = start + math.ceil(rate * length_ns / NS_PER_S)
+    # more may have come once it was full; a client that was refused comes again after a second at the earliest
+    counted = int(stall["connections"]) if stall["connections"] >= 0 else int(stall["overflows"])
+    turned_away = counted if stall["connections"] >= 0 or rest_ns < RETRY_NS else 0
+    came_later = max(math.ceil(rate * rest_ns / NS_PER_S), turned_away)
+    needed = limit + 1 + came_later
     listener = next(item for item in analysis.manifest.listeners if item.index == stall["listener"])
     larger = max(LARGE_BACKLOG, _number(_namespace(analysis, listener.namespace).sysctls.get(SOMAXCONN)))
     larger = larger if larger > limit else 2 * limit
@@ -139,13 +147,14 @@ def larger_backlog(analysis: Analysis) -> Iterator[Found]:
             full_ns,
         ),
         Evidence(
-            f"at this rate {needed:,} connections wait at the end of the stall",
-            since_start(analysis, stall["start_ns"]),
-            length_ns,
+            f"in the {format_duration_ns(rest_ns)} from then to the end of the stall {came_later:,} more came: at this "
+            f"rate, or {counted:,} that were refused",
+            since_start(analysis, stall["start_ns"] + full_ns),
+            rest_ns,
         ),
     )
     if needed > larger + 1:
-        later_ns = (larger - limit) * NS_PER_S / rate
+        later_ns = (larger - limit) * rest_ns / came_later
         title = (
             f"raising the backlog would not have helped: one of {larger:,} would have overflowed "
             f"{format_duration_ns(later_ns)} later, {format_duration_ns(length_ns - full_ns - later_ns)} before the "

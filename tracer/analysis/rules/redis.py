@@ -41,14 +41,13 @@ def query_buffer_trims(analysis: Analysis) -> Iterator[Found]:
         if mine.empty:
             continue
         worst = mine.sort_values("duration_ns").iloc[-1]
-        # a stall holds one tick at most, but trees stand for stalls where there is no event loop
-        total = int(mine.drop_duplicates("stall")["refused"].sum())
-        ticks = "one cron tick" if len(mine) == 1 else f"the longest of {len(mine):,} such cron ticks"
+        total = int(mine["refused"].sum())
         title = (
-            f"query-buffer trims: {format_count(int(worst['clients']), 'client')} in {ticks} blocked Redis for "
+            f"query-buffer trims: {format_count(int(worst['clients']), 'client')} in one cron tick blocked Redis for "
             f"{format_duration_ns(int(worst['duration_ns']))}"
         )
-        title += f"; meanwhile {refused(total)}" if total else ""
+        title += f" (the longest of {len(mine):,} such ticks)" if len(mine) > 1 else ""
+        title += f"; during {'them' if len(mine) > 1 else 'it'} {refused(total)}" if total else ""
         version, lacks_fix = _lacks_fix(target)
         why = f"; this {version} lacks commit {FIX_COMMIT} ({FIX_RELEASE})" if lacks_fix else ""
         shown = mine.sort_values(["refused", "duration_ns"], ascending=False).head(KEPT_EVIDENCE)
@@ -137,7 +136,8 @@ def blocking_call(analysis: Analysis) -> Iterator[Found]:
     frame, functions = analysis.stalls.frame, analysis.stalls.functions
     lost = analysis.blame.by_stall(len(frame))
     other = (lost > 0) & (frame["explained_ns"] >= MOSTLY * frame["duration_ns"])
-    other &= ~frame.index.isin(_storms(analysis)["stall"])
+    storms = _storms(analysis)
+    other &= ~frame.index.isin(storms.loc[storms["fills"], "stall"])
     most = functions.drop_duplicates("stall").set_index("stall")["probe"].reindex(frame.index[other])
     for probe, stalls in most.groupby(most):
         info = analysis.manifest.probe(int(probe))
@@ -179,14 +179,23 @@ def unexplained_stalls(analysis: Analysis) -> Iterator[Found]:
 
 
 def _storms(analysis: Analysis) -> pd.DataFrame:
-    """Return the slow trees that went into visits of clients, with ``refused``: overflows of their stall."""
-    trees = analysis.trees
+    """Return the slow trees that went into visits of clients.
+
+    With the columns ``fills``, whether the tree took at least half of its stall, and ``refused``: the overflows
+    of that stall if it does. So one stall's overflows are those of one tree at most.
+    """
+    trees, frame = analysis.trees, analysis.stalls.frame
     visits = [probe.id for probe in _probes(analysis, CLIENT_VISIT)]
     spent = trees.functions.loc[trees.functions["probe"].isin(visits)].groupby("tree")["total_ns"].sum()
     spent = spent.reindex(trees.frame.index, fill_value=0)
     storms = trees.frame.loc[spent >= MOSTLY * trees.frame["duration_ns"]]
-    lost = np.append(analysis.blame.by_stall(len(analysis.stalls.frame)), 0)
-    return storms.assign(refused=lost[storms["stall"]])
+    stall = storms["stall"].to_numpy()
+    length = np.append(frame["duration_ns"].to_numpy(), 0)[stall]
+    fills = (stall >= 0) & (storms["duration_ns"].to_numpy() >= MOSTLY * length)
+    # of two that took exactly half of one stall, the first
+    fills &= ~pd.Series(np.where(fills, stall, -1 - np.arange(len(stall)))).duplicated().to_numpy()
+    lost = np.append(analysis.blame.by_stall(len(frame)), 0)[stall]
+    return storms.assign(fills=fills, refused=np.where(fills, lost, 0))
 
 
 def _tick(analysis: Analysis, tree: pd.Series[int]) -> Evidence:
