@@ -21,6 +21,7 @@ from recordings import (
     MS,
     PID,
     PROBES,
+    REQUEST_ID,
     RESIZE,
     Builder,
     ProbeCounters,
@@ -105,6 +106,13 @@ class TestWaits:
         frame = analysed(builder, tmp_path).stalls.frame
         assert frame["waited"].tolist() == [1, 2]
         assert frame["wait_median_ns"].tolist() == [220 * MS, 145 * MS]
+
+    def test_rows_that_are_missing_make_it_at_least(self, tmp_path: Path) -> None:
+        builder = Builder(hooked_manifest()).span(ITERATION_ID, 1000, 100).enters(1050, 40000, 220)
+        thinned = {REQUEST_ID["connection accepted"]: ProbeCounters(hits=9, sent=1, thinned=8)}
+        analysis = analysed(builder, tmp_path, thinned)
+        assert (stall(analysis)["waited"], analysis.stalls.waits_exact) == (1, False)
+        assert analysed(builder, tmp_path).stalls.waits_exact
 
     @pytest.mark.parametrize("why", ["two listeners", "two queues", "lost"])
     def test_not_known(self, why: str, tmp_path: Path) -> None:

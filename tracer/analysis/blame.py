@@ -280,7 +280,7 @@ def _with_cause(episodes: pd.DataFrame, tables: Tables, stalls: Stalls) -> pd.Da
     torn = (episodes["end_ns"].to_numpy() >= tables.end_ns - short_ns) & (not tables.recording.complete)
     tests: list[tuple[npt.NDArray[np.bool_], str, str]] = [
         (everywhere & (stalls.basis != ITERATIONS), NO_KNOWN_CAUSE, LOOP_UNSEEN),
-        (everywhere & _iterations_lost(tables), NO_KNOWN_CAUSE, LOOP_LOST),
+        (everywhere & (tables.missing(ITERATION) > 0), NO_KNOWN_CAUSE, LOOP_LOST),
         (torn, NO_KNOWN_CAUSE, CUT_SHORT),
         (~episodes["fresh"].to_numpy(dtype=np.bool_), NO_KNOWN_CAUSE, QUEUE_UNSEEN),
         (episodes["from_normal"].to_numpy(dtype=np.bool_) & (span_ns <= short_ns), SMALL_BACKLOG, ""),
@@ -295,12 +295,6 @@ def _with_cause(episodes: pd.DataFrame, tables: Tables, stalls: Stalls) -> pd.Da
     draining = (episodes["stall"] >= 0).to_numpy() & (cause != SLOW_DRAIN)
     cause[draining], reason[draining] = STALL, ""
     return episodes.drop(columns="fresh").assign(cause=cause, reason=reason)
-
-
-def _iterations_lost(tables: Tables) -> bool:
-    counters = tables.recording.counters
-    ids = [probe.id for probe in tables.manifest.probes if probe.kind == ITERATION]
-    return counters is not None and any(counters.by_probe[probe].missing for probe in ids if probe in counters.by_probe)
 
 
 def _no_episodes() -> pd.DataFrame:

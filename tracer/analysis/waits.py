@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from stallscope.tracer.analysis.requests import ACCEPTED
+from stallscope.tracer.analysis.requests import ACCEPTED, event_hits
 from stallscope.tracer.analysis.segments import NOT_KNOWN, ranges
 from stallscope.tracer.analysis.tables import Ints, Tables
 from stallscope.tracer.manifest import ACCEPT
@@ -29,14 +29,14 @@ def with_waits(frame: pd.DataFrame, tables: Tables) -> tuple[pd.DataFrame, bool]
     recording ended is not counted.
     """
     accepted = tables.requests.loc[tables.requests["event"] == ACCEPTED]
-    exact = not accepted.empty
+    told = not accepted.empty
     names = ("waited", "wait_median_ns", "wait_max_ns")
     columns = {name: np.full(len(frame), NOT_KNOWN, np.int64) for name in names}
     begin = frame["start_ns"].to_numpy()
     end = begin + frame["duration_ns"].to_numpy()
     for pid in frame["pid"].unique():
         mine = np.flatnonzero((frame["pid"] == pid).to_numpy())
-        waits = _told(accepted.loc[accepted["pid"] == pid]) if exact else _bounded(tables, int(pid))
+        waits = _told(accepted.loc[accepted["pid"] == pid]) if told else _bounded(tables, int(pid))
         if waits is None:
             continue
         inside = _overlapping(waits, begin[mine], end[mine]).groupby("stall")["wait_ns"]
@@ -44,7 +44,7 @@ def with_waits(frame: pd.DataFrame, tables: Tables) -> tuple[pd.DataFrame, bool]
         columns["waited"][mine] = summary["size"].fillna(0)
         columns["wait_median_ns"][mine] = summary["median"].fillna(NOT_KNOWN)
         columns["wait_max_ns"][mine] = summary["max"].fillna(NOT_KNOWN)
-    return frame.assign(**columns), exact
+    return frame.assign(**columns), told and len(accepted) == event_hits(tables)[ACCEPTED]
 
 
 def _told(accepted: pd.DataFrame) -> _Waits:
@@ -56,7 +56,7 @@ def _told(accepted: pd.DataFrame) -> _Waits:
 def _bounded(tables: Tables, pid: int) -> _Waits | None:
     """Return since when each accepted connection is known to have been in the queue; None: not known."""
     accepts = tables.accepts.loc[tables.accepts["pid"] == pid]
-    if accepts["listener_fd"].nunique() != 1 or _accepts_lost(tables):
+    if accepts["listener_fd"].nunique() != 1 or tables.missing(ACCEPT):
         return None
     listeners = [listener.index for listener in tables.manifest.listeners if listener.pid == pid]
     samples = tables.queues.loc[tables.queues["listener"].isin(listeners)]
@@ -82,9 +82,3 @@ def _overlapping(waits: _Waits, begin: Ints, end: Ints) -> pd.DataFrame:
     stall, place = ranges(low, np.searchsorted(since, end, side="left"))
     inside = until[place] > begin[stall]
     return pd.DataFrame({"stall": stall[inside], "wait_ns": (until - since)[place[inside]]}, copy=False)
-
-
-def _accepts_lost(tables: Tables) -> bool:
-    counters = tables.recording.counters
-    ids = [probe.id for probe in tables.manifest.probes if probe.kind == ACCEPT]
-    return counters is not None and any(counters.by_probe[probe].missing for probe in ids if probe in counters.by_probe)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from stallscope.tracer.analysis.clients import CLIENT_ID, FD
 from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.segments import range_of, sum_by
 from stallscope.tracer.analysis.stalls import Stalls
@@ -91,7 +92,7 @@ def find_trims(tables: Tables, nested: Nested, stalls: Stalls) -> Trims:
         decoded = tables.decode(probe, rows["start_ns"].to_numpy()[mine], rows["row"].to_numpy()[mine])
         if "free_bytes" in decoded:
             # a length beyond 2^63 is no length: it counts as larger than any threshold
-            free[mine] = np.minimum(decoded["free_bytes"], np.uint64(2**63 - 1)).astype(np.int64)
+            free[mine] = np.minimum(decoded["free_bytes"].astype(np.uint64), np.uint64(2**63 - 1)).astype(np.int64)
             known |= mine
     place, free, duration = place[known], free[known], rows["duration_ns"].to_numpy()[known]
     stall = range_of(place, stalls.frame["first_call"].to_numpy(), stalls.frame["last_call"].to_numpy())
@@ -112,7 +113,7 @@ def what_if(tables: Tables, trims: Trims, stalls: pd.DataFrame, threshold_bytes:
     saved_in = sum_by(trims.stall[:skipped][in_stall], saved[in_stall], len(stalls))
     length = stalls["duration_ns"].to_numpy()
     left = np.maximum(length - saved_in, 0)
-    clients = connected_clients(tables)
+    clients = _connected_clients(tables)
     return WhatIf(
         threshold_bytes=threshold_bytes,
         trims=len(trims.free_bytes),
@@ -129,7 +130,7 @@ def what_if(tables: Tables, trims: Trims, stalls: pd.DataFrame, threshold_bytes:
     )
 
 
-def connected_clients(tables: Tables) -> int:
+def _connected_clients(tables: Tables) -> int:
     """Return how many clients were connected, at the start or the end, whichever is more; else those visited."""
     told = 0
     for target in tables.manifest.targets:
@@ -142,7 +143,7 @@ def _visited(tables: Tables) -> int:
     """Return how many different clients the cron was seen to visit."""
     seen = 0
     for probe in tables.manifest.probes:
-        name = next((item.name for item in probe.fields if item.name in ("fd", "client_id")), "")
+        name = next((item.name for item in probe.fields if item.name in (FD, CLIENT_ID)), "")
         if probe.kind == CALL and probe.name == CLIENT_VISIT and name:
             mine = tables.calls["probe"].to_numpy() == probe.id
             rows = tables.calls["row"].to_numpy()[mine]
