@@ -277,7 +277,7 @@ def test_a_larger_backlog_would_have_overflowed_too(tmp_path: Path) -> None:
         "stall ended"
     )
     assert "5,120 connections a second" in finding.evidence[0].text
-    assert "4,608 more came: at this rate, or 5 that were refused" in finding.evidence[1].text
+    assert "4,608 more needed a place at this rate" in finding.evidence[1].text
 
 
 def test_a_larger_backlog_would_have_hidden_the_stall(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_larger_backlog_must_hold_those_that_were_refused_too(tmp_path: Path) 
         builder.request(1901 + index / 4, "SYN refused: accept queue full", 30000 + index, queue_length=512)
     finding = found(analysed(builder.queue(2010, 0, 300), tmp_path, overflows_end=1200), "larger-backlog")
     assert "812 would have held them all" in finding.title
-    assert "300 more came: at this rate, or 300 that were refused" in finding.evidence[1].text
+    assert "300 more needed a place: 300 were refused" in finding.evidence[1].text
 
 
 def test_syn_queue_full(tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def larger_backlog(analysis: Analysis) -> Iterator[Found]:
             full_ns,
         ),
         Evidence(
-            f"in the {format_duration_ns(rest_ns)} from then to the end of the stall {came_later:,} more came: at this "
-            f"rate, or {counted:,} that were refused",
+            f"in the {format_duration_ns(rest_ns)} from then to the stall's end, {came_later:,} more needed a place"
+            + (f": {turned_away:,} were refused" if came_later == turned_away else " at this rate"),
             since_start(analysis, stall["start_ns"] + full_ns),
             rest_ns,
         ),
