@@ -1,4 +1,4 @@
-"""Durations and byte counts as people type and read them."""
+"""Durations, byte counts and numbers of things as people type and read them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ def format_bytes(count: float) -> str:
         if abs(count) >= size * 0.9995:
             return f"{_three_digits(count / size)} {unit}"
     return f"{count:.0f} B"
+
+
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, as ``1 stall`` or ``1,204 stalls``; ``plural`` where an s does not do."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _three_digits(value: float) -> str:

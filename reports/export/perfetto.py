@@ -57,7 +57,8 @@ from stallscope.reports.export.perfetto_packets import (
 from stallscope.reports.export.perfetto_tracks import Tracks
 from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.requests import ACCEPTED
-from stallscope.tracer.analysis.stalls import DRAIN, INSIDE, ITERATIONS, NOT_KNOWN, OUTSIDE
+from stallscope.tracer.analysis.segments import NOT_KNOWN
+from stallscope.tracer.analysis.stalls import DRAIN, INSIDE, ITERATIONS, OUTSIDE
 from stallscope.tracer.analysis.tables import Ints
 from stallscope.tracer.manifest import CALL, ProbeInfo
 

@@ -160,13 +160,19 @@ def manifest(**changes: object) -> Manifest:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def hooked_manifest(*, other_overflows: int = 0, **changes: object) -> Manifest:
-    """Return the manifest of a recording for which the kernel's functions were hooked."""
+def hooked_manifest(
+    *, seen: dict[str, int] | None = None, seen_elsewhere: dict[str, int] | None = None, **changes: object
+) -> Manifest:
+    """Return the manifest of a recording for which the kernel's functions were hooked.
+
+    Args:
+        seen, seen_elsewhere: what they added to the kernel's counters, as the footer tells; by default not known.
+    """
     made = manifest(probes=(*PROBES, *REQUEST_PROBES))
     return replace(
         made,
         rungs={**made.rungs, "overflows": "fentry and kprobe"},
-        namespaces=(replace(made.namespaces[0], seen_elsewhere={"ListenOverflows": other_overflows}),),
+        namespaces=(replace(made.namespaces[0], seen=seen or {}, seen_elsewhere=seen_elsewhere or {}),),
         **changes,  # type: ignore[arg-type]
     )
 
@@ -252,7 +258,8 @@ class Builder:
         events = empty_events(len(rows))
         for event, (start, duration, probe, tid, values, stack) in zip(events, rows, strict=True):
             event["start_ns"], event["duration_ns"], event["probe"] = start, duration, probe
-            event["pid"], event["tid"], event["value"], event["stack"] = PID, tid, values, stack
+            event["pid"], event["tid"], event["stack"] = PID, tid, stack
+            event["value"] = np.array(values, np.uint64)
         return events
 
     def write(
@@ -401,7 +408,8 @@ def refused(path: Path) -> Path:
     40020 get in afterwards and wait 4, 6 and 1 ms for accept(). Five more get in at the first attempt
     and wait 615 ms for the end of the stall. Five overflows are of a listener that is not watched.
     """
-    builder = add_storm(Builder(hooked_manifest(other_overflows=5)), 1000)
+    seen, elsewhere = ({"ListenOverflows": count, "ListenDrops": count} for count in (43, 5))
+    builder = add_storm(Builder(hooked_manifest(seen=seen, seen_elsewhere=elsewhere)), 1000)
     for index in range(5):
         builder.request(1005 + index, "SYN taken", 50000 + index).enters(1006 + index, 50000 + index, 615)
     builder.request(1450, "SYN taken", 40020, queue_length=500)
@@ -419,6 +427,34 @@ def refused(path: Path) -> Path:
     return builder.write(path, 4000, overflows_end=948)
 
 
+def slow_drain(path: Path) -> Path:
+    """Write a Redis 7.4 that takes 10 connections every 5 ms while 3,000 a second come, from 1 s to 2 s.
+
+    The truth: no iteration reaches the threshold. The queue is normal until 1050 ms, grows by 10 every 10 ms to
+    512 of 511 at 1520 ms, and 488 connections are refused from then on until 2000 ms. In these 950 ms 1,900 are
+    accepted, the queue grows by 462 from 50, so 2,850 come. It is empty again 260 ms later.
+    """
+    server = replace(
+        manifest().targets[0],
+        version="7.4.0",
+        allocator="jemalloc-5.3.0",
+        info={"config:max-new-connections-per-cycle": "10", "config:tcp-backlog": "511"},
+    )
+    builder = Builder(manifest(targets=(server,)))
+    quiet(builder, 990)
+    refused = 0
+    for step in range(101):
+        refused += 8 if step == 52 else 10 if step > 52 else 0
+        builder.queue(1000 + step * 10, min(step * 10, 512), 40 + refused).counter(1000 + step * 10, 900 + refused)
+    for step in range(26):
+        builder.queue(2010 + step * 10, max(512 - 20 * (step + 1), 0), 40 + refused)
+    for step in range(252):
+        builder.accepts(1002 + step * 5, 10)
+    quiet(builder, 4000, overflow=900 + refused, drops=40 + refused, after_ms=3000)
+    counters = {ITERATION_ID: ProbeCounters(hits=800, short_calls=800, short_ns=400 * MS)}
+    return builder.write(path, 4000, counters, overflows_end=900 + refused)
+
+
 GOLDEN: dict[str, Callable[[Path], Path]] = {
     "known-call": known_call,
     "cut-short": cut_short,
@@ -426,6 +462,7 @@ GOLDEN: dict[str, Callable[[Path], Path]] = {
     "empty": empty,
     "two-stalls": two_stalls,
     "refused": refused,
+    "slow-drain": slow_drain,
 }
 
 

@@ -15,6 +15,7 @@ from stallscope.tracer import cli
 from stallscope.tracer.capture.recorder import Progress
 from stallscope.tracer.commands.parameters import _Parsed
 from stallscope.tracer.commands.record import progress_line, record
+from stallscope.tracer.commands.summary import summary
 from stallscope.tracer.errors import UsageError
 
 STALLSCOPE = str(Path(sys.executable).with_name("stallscope"))
@@ -132,6 +133,11 @@ class TestUsage:
         assert (parameters["duration"], parameters["min_duration"]) == (60_000_000_000, 500_000)
         assert (parameters["stall"], parameters["sample"]) == (10_000_000, 10_000_000)
         assert parameters["ring_size"] == 16 * 2**20
+
+    def test_what_if_is_asked_about_32_kb_unless_told_otherwise(self) -> None:
+        assert summary.make_context("summary", ["x.stall"]).params["thresholds"] == (32768,)
+        words = ["x.stall", "--what-if-trim-above", "1M", "--what-if-trim-above", "4K"]
+        assert summary.make_context("summary", words).params["thresholds"] == (2**20, 4096)
 
     def test_of_several_servers_is_kept_in_order(self) -> None:
         parameters = record.make_context("record", ["-p", "3", "--port", "7", "-p", "2", "--port", "6"]).params

@@ -183,7 +183,8 @@ def test_every_golden_recording_can_be_written(name: str, path: Path, tmp_path: 
     target = tmp_path / "out"
     with target.open("wb") as out:
         FORMATS[name].load()(analyse(read_recording(path)), out)
-    assert target.stat().st_size > 0 or (name, path.stem) in {("folded", "empty"), ("ndjson", "empty")}
+    nothing = {("folded", "empty"), ("folded", "slow-drain"), ("ndjson", "empty")}  # no call; nothing at all
+    assert target.stat().st_size > 0 or (name, path.stem) in nothing
 
 
 @pytest.mark.parametrize("name", FORMATS)

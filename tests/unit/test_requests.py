@@ -25,6 +25,7 @@ from rich.console import Console
 from stallscope.reports.terminal import render
 from stallscope.tracer.analysis import requests
 from stallscope.tracer.analysis.analysis import analyse
+from stallscope.tracer.analysis.listener_summary import CounterMatch, OverflowCount
 from stallscope.tracer.analysis.requests import (
     ACK_REFUSED_WITH_RST,
     ListenerRequests,
@@ -32,7 +33,7 @@ from stallscope.tracer.analysis.requests import (
     RefusedConnections,
     refused_connections,
 )
-from stallscope.tracer.analysis.summary import OverflowCount, Summary, summarise
+from stallscope.tracer.analysis.summary import Summary, summarise
 from stallscope.tracer.analysis.tables import build_tables
 from stallscope.tracer.capture.listener import EVENTS
 from stallscope.tracer.recording import read_recording
@@ -122,9 +123,28 @@ def test_the_known_overflows_are_reconciled_one_by_one() -> None:
     (space,) = summary.reconciliation
     assert (space.observed, space.counted, space.one_by_one) == (48, 48, True)
     assert (space.unwatched, space.unexplained, space.not_attributable.total) == (5, 0, 0)
+    assert space.matches == (
+        CounterMatch("ListenOverflows", 48, 5, 48, 0),
+        CounterMatch("ListenDrops", 48, 5, 48, 0),
+    )
     assert summary.overflows == OverflowCount(41, 2, 0)
     assert summary.connections_refused == 21
     assert not [warning for warning in summary.warnings if "overflows" in warning]
+
+
+def test_what_the_kernel_counted_and_nobody_saw_is_unexplained(tmp_path: Path) -> None:
+    seen = {"ListenOverflows": 2, "ListenDrops": 3, "TCPReqQFullDoCookies": 4}
+    builder = Builder(hooked_manifest(seen=seen, seen_elsewhere=dict.fromkeys(seen, 1)))
+    summary = summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 1000, overflows_end=904))))
+    (space,) = summary.reconciliation
+    assert (space.observed, space.unexplained) == (3, 1)
+    assert space.matches == (
+        CounterMatch("ListenOverflows", 3, 1, 4, 1),
+        CounterMatch("ListenDrops", 4, 1, 4, 0),
+    ), "a counter whose end is not known is left out"
+    text = " ".join(text_of(summary).split())
+    assert "observed 3 of 4 ListenOverflows the kernel counted, 1 of them at listeners not watched; 1 unex" in text
+    assert "observed 4 of 4 ListenDrops, 1 of them at listeners not watched" in text
 
 
 def test_the_verdict_tells_connections_from_refusals() -> None:

@@ -65,7 +65,7 @@ def test_the_known_call_and_what_it_did_to_the_queue(tmp_path: Path) -> None:
     assert (stall["start_ns"] - STARTED_NS) / MS == 1000
     assert stall["duration_ns"] / MS == 620
     assert stall["explained_ns"] / MS == 618
-    assert (stall["queue_start"], stall["queue_max"], stall["queue_limit"]) == (3, 512, 511)
+    assert (stall["queue_start"], stall["queue_max"], stall["queue_end"], stall["queue_limit"]) == (3, 512, 512, 511)
     assert stall["drain_ns"] / MS == 30
     assert stall["drained"]
     assert (stall["accepted"], stall["accepted_drain"]) == (0, 512)
@@ -132,6 +132,7 @@ def test_old_samples_say_nothing(tmp_path: Path) -> None:
     frame = stalls_of(written(builder, tmp_path)).frame
     assert frame["queue_start"].tolist() == [-1]
     assert frame["queue_max"].tolist() == [-1]
+    assert frame["queue_end"].tolist() == [-1]
     assert frame["listener"].tolist() == [-1]
     assert frame["drained"].tolist() == [True]
 

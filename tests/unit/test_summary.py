@@ -30,9 +30,11 @@ from recordings import (
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.functions import FunctionSummary, quantile
+from stallscope.tracer.analysis.listener_summary import OverflowCount
 from stallscope.tracer.analysis.rows import extract
+from stallscope.tracer.analysis.stall_summary import KEPT_STALLS, ClientInStall
 from stallscope.tracer.analysis.stalls import ITERATIONS, ROOT_CALLS
-from stallscope.tracer.analysis.summary import KEPT_STALLS, OverflowCount, Summary, summarise
+from stallscope.tracer.analysis.summary import Summary, summarise
 from stallscope.tracer.analysis.tables import build_tables
 from stallscope.tracer.errors import RecordingError
 from stallscope.tracer.manifest import Note, ProbeCounters, ProbeInfo
@@ -78,6 +80,34 @@ def test_the_known_stall() -> None:
     assert worst.path[-1] == "sdsRemoveFreeSpace"
     assert (worst.duration_ns, worst.self_ns) == (118 * MS, 98 * MS)
     assert worst.arguments == {"length_bytes": 28_000_000, "free_bytes": 28_000_000}
+
+
+def test_what_the_known_stall_did_to_the_queue_and_to_whom() -> None:
+    (stall,) = golden("known-call").stalls
+    assert (stall.full_ns, stall.first_overflow_ns) == (495 * MS, 505 * MS)
+    assert (stall.waited, stall.clients) == (512, 1)
+    assert stall.clients_blamed == (ClientInStall("fd", 77, "", 5, 600 * MS, 28_000_000),)
+
+
+def test_slow_drain_is_the_verdict_where_no_stall_was() -> None:
+    summary = golden("slow-drain")
+    assert summary.verdict == (
+        "488 connections were refused, but no stall was recorded (accept queue of 127.0.0.1:6379 at most 512 of 511); "
+        "cause: slow drain."
+    )
+    assert summary.blame.causes == {"stall": 0, "slow drain": 488, "backlog too small": 0, "no known cause": 0}
+
+
+def test_everything_that_explains_is_in_the_json() -> None:
+    document = json.loads(json.dumps(golden("known-call").to_json(), allow_nan=False))
+    assert document["findings"][0]["rule"] == "query-buffer-trims"
+    assert document["findings"][0]["evidence"][0]["start_ns"] == 1001 * MS
+    assert document["blame"]["causes"]["stall"] == 43
+    assert 0 < document["blame"]["coincidence"]["p_value"] < 1
+    assert document["trees"][0]["functions"][0]["name"] == "sdsRemoveFreeSpace"
+    assert document["what_if"][0]["threshold_bytes"] == 32 * 1024
+    assert document["stalls"][0]["clients_blamed"][0]["client"] == 77
+    assert document["waits_exact"] is False
 
 
 def test_the_known_functions() -> None:

@@ -9,6 +9,7 @@ import pytest
 from recordings import CRON, DATA, GOLDEN, ITERATION_ID, MS, PROBES, Builder, ProbeCounters, add_storm, manifest
 from rich.console import Console
 
+from stallscope.reports.findings_text import SHOWN_TREES
 from stallscope.reports.terminal import SHOWN_STALLS, render
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.summary import Summary, summarise
@@ -82,7 +83,63 @@ def test_what_is_inside_the_worst_stall() -> None:
     lines = rows(text_of(golden("known-call")), "Inside the worst: 620 ms at 1.000 s (15:06:41.000 UTC)")
     assert lines[0] == ["serverCron > clientsCron > clientsCronResizeQueryBuffer > sdsRemoveFreeSpace"]
     assert lines[2] == ["sdsRemoveFreeSpace", "5", "490 ms", "79.0%", "118 ms"]
-    assert lines[-1] == ["not traced", "2.00 ms", "0.3%"]
+    assert lines[-5:] == [
+        ["unexplained", "2.00 ms", "0.3%"],
+        ["accept queue: 3 before, 512 at most, 512 at the end; limit 511"],
+        ["queue full after 495 ms, first overflow seen after 505 ms"],
+        ["waited in the queue: at least 512 connections, the longest at least 626 ms"],
+        ["for 1 client, most for fd 77 600 ms"],
+    ]
+
+
+def section(text: str, title: str) -> str:
+    """Return the text under a title as one line."""
+    return " ".join(text.split(f"\n{title}", 1)[1].split("\n\n", 1)[0].split())
+
+
+def test_findings_come_with_facts_and_a_remedy() -> None:
+    part = section(text_of(golden("known-call")), "Findings")
+    assert part.startswith("cause query-buffer trims: 5 clients in one cron tick blocked Redis for 618 ms; ")
+    assert "- at 1.001 s: one serverCron tick: 5 clients, 618 ms, of it 490 ms in sdsRemoveFreeSpace; " in part
+    assert "> upgrade to Redis 5.0 or later; " in part
+    assert "contributes je_pages_purge returned 20.0 MB in 100 ms" in part
+    assert "cleared raising the backlog would only have hidden the stall" in part
+
+
+def test_what_the_warnings_say_is_not_said_twice() -> None:
+    text = text_of(golden("with-losses"))
+    assert "never fired" not in section(text, "Findings")
+    assert " ".join(text.split()).count("never fired") == 1
+
+
+def test_slow_calls_with_all_they_called() -> None:
+    lines = rows(text_of(golden("two-stalls")), "Slow calls with all they called, at least 10.0 ms")
+    assert lines[1] == ["1.001 s", "618 ms", "5", "17", "490 ms", "sdsRemoveFreeSpace (in serverCron)"]
+    assert len(lines) == 3
+
+
+def test_only_the_longest_slow_calls_are_shown(tmp_path: Path) -> None:
+    builder = Builder()
+    for index in range(SHOWN_TREES + 2):
+        builder.span(CRON, index * 100, 20 + index)
+    text = text_of(summarise(analyse(read_recording(builder.write(tmp_path / "a.stall", 2000)))))
+    title = f"Slow calls with all they called, at least 10.0 ms (the longest {SHOWN_TREES} of {SHOWN_TREES + 2})"
+    assert len(rows(text, title)) == SHOWN_TREES + 1
+
+
+def test_overflows_without_a_known_cause_say_why() -> None:
+    part = section(text_of(golden("cut-short")), "Accept queues")
+    assert "by cause: 11 no known cause" in part
+    assert "no known cause: 11 the recording was cut short, a stall in progress is not in it" in part
+
+
+def test_what_if_is_asked_about_every_threshold() -> None:
+    analysis = analyse(read_recording(DATA / "known-call.stall"))
+    part = section(text_of(summarise(analysis, (32 * 1024, 28_000_000))), "What if only query buffers with more")
+    assert "above 32 KB: 0 of 5 trims skipped, 0 ns saved, 0 B not given back" in part
+    assert "skipped, 590 ms saved, 140 MB not given back (at a time at most 28.0 MB: 1 client); stalls 1 -> 1" in part
+    assert "the longest 620 ms -> 30.0 ms" in part
+    assert "What if" not in text_of(golden("empty"))
 
 
 def test_functions_fit_80_columns_by_name_and_number() -> None:
@@ -110,7 +167,12 @@ def test_accept_queues_and_the_kernels_counters() -> None:
     text = text_of(golden("two-stalls"))
     lines = rows(text, "Accept queues")
     assert lines[1] == ["127.0.0.1:6379", "512", "511", "93", "82", "4", "7"]
-    assert lines[-1] == ["observed 93 of 93 ListenOverflows the kernel counted"]
+    assert lines[-4:] == [
+        ["observed 93 of 93 ListenOverflows the kernel counted"],
+        ["by cause: 86 stall, 7 backlog too small"],
+        ["in stalls: 86 of 93; by chance 29, since 2 stalls took 31.5% of the time; as"],
+        ["many or more in 0.13 of all shifts"],
+    ]
     assert "observed 11 ListenOverflows; the kernel's count at the end is not known" in text_of(golden("cut-short"))
 
 

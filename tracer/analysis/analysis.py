@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stallscope.tracer.analysis.blame import Blame, assign_blame
 from stallscope.tracer.analysis.nesting import Nested, nest
 from stallscope.tracer.analysis.stalls import Stalls, find_stalls
 from stallscope.tracer.analysis.tables import Tables, build_tables
+from stallscope.tracer.analysis.trees import Trees, find_trees
+from stallscope.tracer.analysis.whatif import Trims, find_trims
 from stallscope.tracer.manifest import Manifest
 from stallscope.tracer.recording import Recording
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """One recording's rows by kind, its calls with their places in the call tree, and its stalls.
+    """One recording's rows by kind, its calls with their places in the call tree, its stalls, and what caused what.
 
     Attributes:
         tables: all rows, by kind; nested: the calls with parent, depth, self time and path.
         stalls: the stalls with the accept queue, the calls and the overflows around them.
+        trees: the slow calls that nothing encloses, with everything they called.
+        blame: every overflow with its cause.
+        trims: the trims of query buffers, which :func:`whatif.what_if` asks about.
     """
 
     tables: Tables
     nested: Nested
     stalls: Stalls
+    trees: Trees
+    blame: Blame
+    trims: Trims
 
     @property
     def recording(self) -> Recording:
@@ -43,4 +52,12 @@ def analyse(recording: Recording) -> Analysis:
     """
     tables = build_tables(recording)
     nested = nest(tables.calls, tables.iterations)
-    return Analysis(tables, nested, find_stalls(tables, nested))
+    stalls = find_stalls(tables, nested)
+    return Analysis(
+        tables,
+        nested,
+        stalls,
+        find_trees(tables, nested, stalls.frame),
+        assign_blame(tables, stalls),
+        find_trims(tables, nested, stalls),
+    )

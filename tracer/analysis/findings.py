@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stallscope.tracer.analysis.analysis import Analysis
 
 CAUSE, CONTRIBUTES, CLEARED, NOTICE = "cause", "contributes", "cleared", "notice"
 WEIGHTS = (CAUSE, CONTRIBUTES, NOTICE, CLEARED)
@@ -38,3 +42,11 @@ class Finding:
     title: str
     remedy: str
     evidence: tuple[Evidence, ...] = ()
+
+
+def find_findings(analysis: Analysis) -> tuple[Finding, ...]:
+    """Return what a recording shows, the weightiest first; of one weight, in the order of the rules."""
+    from stallscope.tracer.analysis.rules import RULES
+
+    found = [finding for rule in RULES for finding in rule.apply(analysis)]
+    return tuple(sorted(found, key=lambda finding: WEIGHTS.index(finding.weight)))

@@ -9,26 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from stallscope.tracer.analysis.clients import with_clients
 from stallscope.tracer.analysis.nesting import Nested
-from stallscope.tracer.analysis.overflows import attribute_overflows, listener_step
+from stallscope.tracer.analysis.overflows import attribute_overflows
 from stallscope.tracer.analysis.requests import overflow_events
-from stallscope.tracer.analysis.tables import NS_PER_S, Ints, Tables
-from stallscope.tracer.manifest import ITERATION, ListenerInfo
+from stallscope.tracer.analysis.segments import NOT_KNOWN, ranges, sum_by
+from stallscope.tracer.analysis.stall_queues import with_queue
+from stallscope.tracer.analysis.tables import Tables
+from stallscope.tracer.analysis.waits import with_waits
+from stallscope.tracer.manifest import ITERATION
 
 ITERATIONS = "event loop iterations"
 ROOT_CALLS = "calls, since the event loop was not observed"
 
-NORMAL_SHARE = 0.1
-"""An accept queue filled to at most this share of its limit is normal."""
-
-STALE_NS = 3 * NS_PER_S
-"""Unchanged samples are stored once a second; when the last is older than this, the queue is not known."""
-
 INSIDE, DRAIN, OUTSIDE = "inside", "drain", "outside"
-NOT_KNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,10 @@ class Stalls:
             listener          int64         the listener whose queue was the fullest, -1: none known
             queue_start       int64         length of its queue when the stall began, -1: not known
             queue_max         int64         greatest length seen in the stall, -1: not known
+            queue_end         int64         length when the stall ended, -1: not known
             queue_limit       int64         its limit, -1: not known
+            full_ns           int64   ns    from the start until it was first found full (by a sample or a request),
+                                            -1: it was not, or it is not known
             drain_ns          int64   ns    from the end of the stall until every queue of the process was
                                             normal; 0: it was, or it is not known
             drained           bool          the queue was seen to become normal before the next stall began
@@ -59,7 +58,14 @@ class Stalls:
             accepted_drain    int64         connections accepted while the queue drained, -1: not observed
             overflows         int64         refused in the stall
             overflows_drain   int64         refused while the queue drained
+            first_overflow_ns int64   ns    from the start until the first of either was seen (sampled: up to one
+                                            sampling interval after it happened), -1: there was none
             connections       int64         different connections that were refused in either, -1: not known
+            waited            int64         connections that were in the accept queue during the stall and were
+                                            accepted later, by :func:`waits.with_waits`, -1: not known
+            wait_median_ns,   int64   ns    how long they were in it, all together; -1: not known, or none
+            wait_max_ns
+            clients           int64         clients whose calls are in it, -1: no call told one
             ================= ======= ===== ============================================================
 
             A queue is normal at or below a tenth of its limit or, if that is more, at or below the length
@@ -72,12 +78,16 @@ class Stalls:
         functions: time by function and stall: ``stall``, ``probe``, ``calls``, ``self_ns``, ``longest_ns``
             (all int64) and ``longest_call`` (int64, row of ``Nested.calls``); sorted by stall and,
             greatest first, self time.
+        clients: the clients that took most of each stall, by :func:`clients.with_clients`.
+        waits_exact: every wait in the accept queue was seen; otherwise they are at least that long.
     """
 
     basis: str
     frame: pd.DataFrame
     overflows: pd.DataFrame
     functions: pd.DataFrame
+    clients: pd.DataFrame
+    waits_exact: bool
 
 
 def find_stalls(tables: Tables, nested: Nested) -> Stalls:
@@ -85,21 +95,26 @@ def find_stalls(tables: Tables, nested: Nested) -> Stalls:
     basis, frame = _spans(tables, nested)
     frame = _with_calls(frame, nested)
     functions = time_by_function(frame, nested)
-    frame = _with_queue(frame, tables)
+    frame = with_queue(frame, tables)
     exact = overflow_events(tables)
     overflows = _with_phase(attribute_overflows(tables).assign(connection=-1) if exact is None else exact, frame)
+    known = overflows.loc[overflows["listener"] >= 0]
     for column, phase in (("overflows", INSIDE), ("overflows_drain", DRAIN)):
-        rows = overflows.loc[(overflows["phase"] == phase) & (overflows["listener"] >= 0)]
-        frame[column] = _sum_by(rows["stall"].to_numpy(), rows["count"].to_numpy(), len(frame))
+        rows = known.loc[known["phase"] == phase]
+        frame[column] = sum_by(rows["stall"].to_numpy(), rows["count"].to_numpy(), len(frame))
+    first = known.loc[known["stall"] >= 0].groupby("stall")["seen_ns"].min().reindex(frame.index)
+    frame["first_overflow_ns"] = (first - frame["start_ns"]).fillna(NOT_KNOWN).astype(np.int64)
     frame["connections"] = NOT_KNOWN
     if exact is not None:
         frame["connections"] = overflows.groupby("stall")["connection"].nunique().reindex(frame.index, fill_value=0)
-    return Stalls(basis, _with_accepts(frame, tables), overflows, functions)
+    frame, waits_exact = with_waits(_with_accepts(frame, tables), tables)
+    frame, clients = with_clients(frame, tables, nested)
+    return Stalls(basis, frame, overflows, functions, clients, waits_exact)
 
 
 def time_by_function(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
     """Return ``Stalls.functions`` for these stalls."""
-    stall, call = _ranges(frame["first_call"].to_numpy(), frame["last_call"].to_numpy())
+    stall, call = ranges(frame["first_call"].to_numpy(), frame["last_call"].to_numpy())
     calls = nested.calls
     end = (frame["start_ns"] + frame["duration_ns"]).to_numpy()[stall]
     left = end - calls["start_ns"].to_numpy()[call]
@@ -109,7 +124,8 @@ def time_by_function(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
             "probe": calls["probe"].to_numpy()[call].astype(np.int64),
             "self_ns": np.minimum(calls["self_ns"].to_numpy()[call], left),
             "longest_ns": np.minimum(calls["duration_ns"].to_numpy()[call], left),
-        }
+        },
+        copy=False,
     )
     groups = inside.groupby(["stall", "probe"], sort=True)
     result = groups.agg(calls=("self_ns", "size"), self_ns=("self_ns", "sum"), longest_ns=("longest_ns", "max"))
@@ -157,77 +173,11 @@ def _with_calls(frame: pd.DataFrame, nested: Nested) -> pd.DataFrame:
         low, high = np.searchsorted(tid, [thread, thread + 1])
         first[mine] = low + np.searchsorted(start[low:high], begin[mine], side="left")
         last[mine] = low + np.searchsorted(start[low:high], end[mine], side="left")
-    stall, call = _ranges(first, last)
+    stall, call = ranges(first, last)
     outer = calls["parent"].to_numpy()[call] < first[stall]
     span = np.minimum(calls["duration_ns"].to_numpy()[call], end[stall] - start[call])
-    explained = _sum_by(stall[outer], span[outer], len(frame))
+    explained = sum_by(stall[outer], span[outer], len(frame))
     return frame.assign(first_call=first, last_call=last, explained_ns=explained)
-
-
-def _with_queue(frame: pd.DataFrame, tables: Tables) -> pd.DataFrame:
-    """Add the accept queue before, in and after each stall."""
-    count = len(frame)
-    begin = frame["start_ns"].to_numpy()
-    end = begin + frame["duration_ns"].to_numpy()
-    added = {
-        name: np.full(count, NOT_KNOWN, np.int64) for name in ("listener", "queue_start", "queue_max", "queue_limit")
-    }
-    fill = np.full(count, -1.0)
-    drain = np.zeros(count, np.int64)
-    drained = np.ones(count, np.bool_)
-    until = _next_start(frame, tables.end_ns)
-    for listener in tables.manifest.listeners:
-        mine = np.flatnonzero((frame["pid"] == listener.pid).to_numpy())
-        if not len(mine):
-            continue
-        seen = _QueueAround(tables, listener, begin[mine], end[mine], until[mine])
-        fuller = seen.known & (seen.fill > fill[mine])
-        target = mine[fuller]
-        fill[target] = seen.fill[fuller]
-        added["listener"][target] = listener.index
-        added["queue_start"][target] = seen.start[fuller]
-        added["queue_max"][target] = seen.most[fuller]
-        added["queue_limit"][target] = seen.limit[fuller]
-        drain[mine] = np.maximum(drain[mine], seen.drain)
-        drained[mine] &= seen.drained
-    return frame.assign(**added, drain_ns=drain, drained=drained)
-
-
-class _QueueAround:
-    """One listener's queue around some stalls; every attribute has one value per stall."""
-
-    def __init__(self, tables: Tables, listener: ListenerInfo, begin: Ints, end: Ints, until: Ints) -> None:
-        length = listener_step(tables, listener.index, "queue_length")
-        limits = listener_step(tables, listener.index, "queue_limit")
-        time = length.time_ns
-        count = len(begin)
-        self.start = np.full(count, NOT_KNOWN, np.int64)
-        self.most = np.full(count, NOT_KNOWN, np.int64)
-        self.limit = np.full(count, listener.limit, np.int64)
-        self.drain = np.zeros(count, np.int64)
-        self.drained = np.ones(count, np.bool_)
-        if len(time):
-            before = np.searchsorted(time, begin, side="right") - 1
-            fresh = (before >= 0) & (begin - time[np.maximum(before, 0)] <= STALE_NS)
-            self.start[fresh] = length.value[before[fresh]]
-            after = np.searchsorted(time, end, side="right")
-            self.most = np.maximum(self.start, _range_max(length.value, before + 1, after))
-            self.limit = limits.at(end)
-            self._drain(time, length.value, after, end, until)
-        self.known = self.most >= 0
-        self.fill = self.most / np.maximum(self.limit, 1)
-
-    def _drain(self, time: Ints, value: Ints, after: Ints, end: Ints, until: Ints) -> None:
-        start = np.where(2 * self.start > self.limit, 0, self.start)
-        normal = np.maximum(start, (self.limit * NORMAL_SHARE).astype(np.int64))
-        for index in np.flatnonzero(self.most > normal):
-            place = after[index]
-            if place and value[place - 1] <= normal[index]:
-                continue
-            stop = np.searchsorted(time, until[index], side="right")
-            back = np.flatnonzero(value[place:stop] <= normal[index])
-            self.drained[index] = len(back) > 0
-            self.drain[index] = (time[place + back[0]] if len(back) else until[index]) - end[index]
 
 
 def _with_accepts(frame: pd.DataFrame, tables: Tables) -> pd.DataFrame:
@@ -270,33 +220,3 @@ def _with_phase(overflows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
             stall[rows[touched]] = mine[place[touched]]
             phase[rows[touched]] = name
     return overflows.assign(stall=stall, phase=phase)
-
-
-def _next_start(frame: pd.DataFrame, end_ns: int) -> Ints:
-    """Return when the next stall of the same process began, or the end of the recording."""
-    following = frame.groupby("pid")["start_ns"].shift(-1, fill_value=end_ns)
-    return np.maximum(following.to_numpy(), (frame["start_ns"] + frame["duration_ns"]).to_numpy())
-
-
-def _ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
-    """Return, for every element of the ranges [first, last), the number of its range and its own value."""
-    length = np.maximum(last - first, 0)
-    owner = np.repeat(np.arange(len(first)), length)
-    offset = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    return owner, first[owner] + offset
-
-
-def _range_max(value: Ints, first: Ints, last: Ints) -> Ints:
-    """Return the greatest value in each range [first, last); NOT_KNOWN where it is empty."""
-    result = np.full(len(first), NOT_KNOWN, np.int64)
-    filled = np.flatnonzero(last > first)
-    if len(filled):
-        borders = np.column_stack([first[filled], last[filled]]).ravel()
-        result[filled] = np.maximum.reduceat(np.append(value, NOT_KNOWN), borders)[::2]
-    return result
-
-
-def _sum_by(group: npt.NDArray[np.int64], value: Ints, count: int) -> Ints:
-    result = np.zeros(count, np.int64)
-    np.add.at(result, group, value)
-    return result

@@ -149,6 +149,12 @@ class Tables:
         """Return the recording's manifest."""
         return self.recording.manifest
 
+    def missing(self, kind: str) -> int:
+        """Return how many events of one kind of probe were seen and could not be kept."""
+        by_probe = self.recording.counters.by_probe if self.recording.counters else {}
+        ids = [probe.id for probe in self.manifest.probes if probe.kind == kind]
+        return sum(by_probe[probe].missing for probe in ids if probe in by_probe)
+
     def decoded(self, probe: ProbeInfo, calls: pd.DataFrame | None = None) -> pd.DataFrame:
         """Return the decoded arguments of one function's calls, a column per field, indexed as ``calls``.
 

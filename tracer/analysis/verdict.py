@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from stallscope.tracer.analysis.blame import NO_KNOWN_CAUSE
 from stallscope.tracer.analysis.imported import imported_sentence
 from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.requests import ACCEPTED, ENQUEUED, SYN_TAKEN, event_hits
+from stallscope.tracer.analysis.stall_summary import StallSummary
 from stallscope.tracer.analysis.stalls import ITERATIONS
-from stallscope.tracer.analysis.summary import StallSummary, Summary
+from stallscope.tracer.analysis.summary import Summary
 from stallscope.tracer.analysis.tables import Tables
 from stallscope.tracer.manifest import CALL, LISTENER
-from stallscope.tracer.units import format_duration_ns
+from stallscope.tracer.units import format_count, format_duration_ns
 
 
 def sentence(summary: Summary) -> str:
@@ -117,7 +119,8 @@ def _of_overflows(summary: Summary) -> str:
         text += f" (accept queue of {fullest.address} at most {fullest.queue_max:,} of {fullest.queue_limit:,})"
     if summary.reconciliation and not any(listener.overflows.total for listener in summary.listeners):
         text += "; none can be attributed to the listeners that were watched"
-    return f"{text}."
+    known = [cause for cause, number in summary.blame.causes.items() if number and cause != NO_KNOWN_CAUSE]
+    return f"{text}; cause: {' and '.join(known)}." if known else f"{text}."
 
 
 def _of_nothing(summary: Summary) -> str:
@@ -125,10 +128,10 @@ def _of_nothing(summary: Summary) -> str:
     looked = []
     if summary.loop and summary.loop.iterations:
         limit = format_duration_ns(summary.stall_ns)
-        looked.append(f"{_count(summary.loop.iterations, 'event loop iteration')}, all shorter than {limit}")
+        looked.append(f"{format_count(summary.loop.iterations, 'event loop iteration')}, all shorter than {limit}")
     if fired:
         calls = sum(function.calls for function in fired)
-        looked.append(f"{_count(calls, 'call')} of {_count(len(fired), 'function')}")
+        looked.append(f"{format_count(calls, 'call')} of {format_count(len(fired), 'function')}")
     sampled = [listener for listener in summary.listeners if listener.queue_max is not None]
     if sampled:
         fullest = max(sampled, key=lambda item: item.queue_max or 0)
@@ -151,10 +154,6 @@ def _limits(summary: Summary) -> str:
     if not summary.complete:
         text += " The recording was cut short, a stall in progress is not in it."
     return text
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _refused(times: int, connections: int | None = None) -> str:

@@ -41,6 +41,8 @@ _CONFIG_FIELDS = (
     "timeout",
     "client-query-buffer-limit",
     "activerehashing",
+    "max-new-connections-per-cycle",
+    "jemalloc-bg-thread",
 )
 
 

@@ -1,0 +1,9 @@
+"""The rules that turn a recording into findings: a name, a remedy and a small function each."""
+
+from __future__ import annotations
+
+from stallscope.tracer.analysis.rules import listener, recording, redis
+from stallscope.tracer.analysis.rules.rule import Rule
+
+RULES: tuple[Rule, ...] = (*redis.RULES, *listener.RULES, *recording.RULES)
+"""All of them; findings of one weight keep this order."""
