@@ -1,5 +1,5 @@
 # Everything runs from a fresh clone: each target installs what it needs first (packages only as root).
-#   make demo    build Redis 2.8, reproduce the incident, record it, print what blocked Redis
+#   make demo    build Redis 2.8, reproduce the incident, record it, say what blocked Redis and draw the timeline
 #   make test    every test this kernel allows; what is skipped is listed with its reason
 #   make lint    ruff, mypy, clang-format
 #   make bench   the figures of README's "What it costs", beside their peers
@@ -13,7 +13,10 @@ BUILDS := 2.8.17 2.8.17-patched 2.8.17-lto 3.2.6 5.0.6
 
 DEMO_PACKAGES := python3-bpfcc python3-venv gcc make autoconf libc6-dev
 VM_PACKAGES := mmdebstrap qemu-system-x86 e2fsprogs
-TEST_PACKAGES := $(DEMO_PACKAGES) patch binutils xz-utils iproute2 redis-server util-linux
+# What opens the exports and the page, and makes captures; node may have come another way than from Debian.
+NODE_PACKAGES := $(if $(shell command -v node),,nodejs) $(if $(shell command -v npm),,npm)
+TEST_PACKAGES := $(DEMO_PACKAGES) patch binutils xz-utils iproute2 redis-server redis-tools util-linux \
+	tcpdump tshark chromium gnumeric $(NODE_PACKAGES)
 
 .PHONY: demo test lint bench setup format clean
 demo: setup
@@ -22,6 +25,7 @@ demo: setup
 	$(PYTHON) vagrant/lab/incident.py --build 2.8.17 --recipe $(RECIPE) -- \
 		$(BIN)/stallscope record -p {pid} -d 15s -o $(DEMO) --force
 	$(BIN)/stallscope summary $(DEMO)
+	$(BIN)/stallscope report $(DEMO) --force
 
 test: setup test-packages
 	$(PYTHON) vagrant/lab/build.py $(BUILDS) >/dev/null
