@@ -29,7 +29,14 @@ GRADUAL_JEMALLOC = (5,)
 MOSTLY, NOTABLE = 0.5, 0.05
 """What took half of the stalls' time is their cause; what took a twentieth contributed."""
 
-WORTH_TRACING = ("call", "freeClient", "activeExpireCycle", "freeClientsInAsyncFreeQueue", "flushAppendOnlyFile", "redisFork")
+WORTH_TRACING = (
+    "call",
+    "freeClient",
+    "activeExpireCycle",
+    "freeClientsInAsyncFreeQueue",
+    "flushAppendOnlyFile",
+    "redisFork",
+)
 """Functions of the catalogue that are known to block for long and are not traced unless asked for."""
 
 
