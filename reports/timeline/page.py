@@ -1,0 +1,118 @@
+"""The page itself: template, style and scripts from ``assets`` around one timeline, in one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from stallscope.reports.timeline.columns import gzip_text
+from stallscope.reports.timeline.compute import Timeline
+from stallscope.reports.timeline.document import describe, script_json
+from stallscope.reports.timeline.tables import functions_table, listeners_table, slowest_table, stalls_table, trust
+from stallscope.tracer.units import format_duration_ns
+
+SCRIPTS = (
+    "format.js", "columns.js", "state.js", "lanes.js", "flame.js", "figure.js", "detail.js", "controls.js", "start.js",
+)  # fmt: skip
+"""In the order in which they run."""
+
+
+@dataclass(frozen=True)
+class KeyNumber:
+    """One of the numbers on top: what it is, the number with its unit, and what qualifies it."""
+
+    name: str
+    value: str
+    detail: str
+    alarming: bool = False
+
+
+def render(timeline: Timeline) -> str:
+    """Return the page: HTML that needs nothing but a browser."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)  # fmt: skip
+    document, columns = describe(timeline)
+    summary = timeline.summary
+    return environment.from_string(_asset("page.html")).render(
+        summary=summary,
+        file=summary.path.rpartition("/")[2],
+        when=_when(timeline),
+        length=format_duration_ns(timeline.elapsed_ns),
+        window=timeline.offset_ns > 0,
+        calm=not summary.stall_count and not summary.overflows.total,
+        key_numbers=key_numbers(timeline),
+        stalls=stalls_table(timeline),
+        slowest=slowest_table(timeline),
+        functions=functions_table(timeline),
+        listeners=listeners_table(timeline),
+        trust=trust(timeline),
+        calls_total=timeline.calls.total,
+        slow=format_duration_ns(timeline.slow_ns),
+        style=Markup(_asset("page.css")),
+        document=Markup(script_json(document)),
+        columns=columns,
+        plotly=gzip_text(get_plotlyjs()),
+        scripts=Markup("\n".join(_asset(name) for name in SCRIPTS)),
+    )
+
+
+def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
+    """Return what is read first, as text."""
+    summary = timeline.summary
+    longest = max((stall.duration_ns for stall in summary.stalls), default=0)
+    basis = f"{summary.stall_count:,} of at least {format_duration_ns(summary.stall_ns)}"
+    together = f", {format_duration_ns(summary.stall_total_ns)} together" if summary.stall_count > 1 else ""
+    refused = summary.overflows
+    queue = max(summary.listeners, key=lambda item: (item.queue_max or 0) / max(item.queue_limit, 1), default=None)
+    lost = sum(loss.lost for loss in summary.losses)
+    numbers = [
+        KeyNumber(
+            "Longest stall", format_duration_ns(longest) if longest else "none", basis + together, longest > 0
+        ),
+        KeyNumber(
+            "Refused connections",
+            f"{refused.total if summary.connections_refused is None else summary.connections_refused:,}",
+            f"{refused.inside:,} in stalls, {refused.drain:,} draining, {refused.outside:,} at other times"
+            if refused.total
+            else "no overflow of the accept queue",
+            refused.total > 0,
+        ),
+    ]
+    if queue is None or queue.queue_max is None:
+        numbers.append(KeyNumber("Accept queue", "?", "not observed"))
+    else:
+        full = queue.queue_max > queue.queue_limit
+        numbers.append(
+            KeyNumber("Longest accept queue", f"{queue.queue_max:,} of {queue.queue_limit:,}", queue.address, full)
+        )
+    calls = timeline.calls
+    numbers.append(
+        KeyNumber("Calls recorded", f"{calls.total:,}", f"{calls.slow:,} of at least {format_duration_ns(timeline.slow_ns)}")
+    )  # fmt: skip
+    loop = summary.loop
+    if loop and timeline.elapsed_ns:
+        share = f"{loop.busy_ns / timeline.elapsed_ns:.1%} of the time" if len(summary.targets) == 1 else "all servers"
+        numbers.append(KeyNumber("Event loop busy", format_duration_ns(loop.busy_ns), share))
+    numbers.append(
+        KeyNumber("Events lost", f"{lost:,}", "" if summary.complete else "recording cut short", lost > 0)
+    )
+    return tuple(numbers)
+
+
+def _when(timeline: Timeline) -> str:
+    try:
+        moment = datetime.fromtimestamp(timeline.wall_ns / 1e9, timezone.utc)
+    except (OverflowError, ValueError, OSError):
+        return ""
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _asset(name: str) -> str:
+    return files("stallscope.reports.timeline").joinpath("assets", name).read_text(encoding="utf-8")
+
+
