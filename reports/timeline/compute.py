@@ -192,8 +192,10 @@ def _functions(analysis: Analysis, summary: Summary) -> tuple[tuple[Function, ..
     for item in summary.functions:
         known = fields.get(item.probe, ())
         names = {field.name for field in known}
-        extra = (Field("idle_s", "s", 0),) if "last_interaction_s" in names else ()
-        functions.append(Function(item.name, item.recorded, (*known, *extra)))
+        if "last_interaction_s" in names:
+            # what a reader wants to know of it is how long ago that was
+            known = (*(field for field in known if field.name != "last_interaction_s"), Field("idle_s", "s", 0))
+        functions.append(Function(item.name, item.recorded, known))
     return tuple(functions), index
 
 

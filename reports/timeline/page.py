@@ -14,6 +14,7 @@ from stallscope.reports.timeline.columns import gzip_text
 from stallscope.reports.timeline.compute import Timeline
 from stallscope.reports.timeline.document import describe, script_json
 from stallscope.reports.timeline.tables import functions_table, listeners_table, slowest_table, stalls_table, trust
+from stallscope.tracer.analysis.summary import OverflowCount
 from stallscope.tracer.units import format_duration_ns
 
 SCRIPTS = (
@@ -65,24 +66,19 @@ def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
     """Return what is read first, as text."""
     summary = timeline.summary
     longest = max((stall.duration_ns for stall in summary.stalls), default=0)
-    basis = f"{summary.stall_count:,} of at least {format_duration_ns(summary.stall_ns)}"
-    together = f", {format_duration_ns(summary.stall_total_ns)} together" if summary.stall_count > 1 else ""
+    count = f"{summary.stall_count:,} stall" + ("" if summary.stall_count == 1 else "s")
+    together = f"{count}, {format_duration_ns(summary.stall_total_ns)} together"
+    threshold = f"none of at least {format_duration_ns(summary.stall_ns)}"
     refused = summary.overflows
     queue = max(summary.listeners, key=lambda item: (item.queue_max or 0) / max(item.queue_limit, 1), default=None)
     lost = sum(loss.lost for loss in summary.losses)
     numbers = [
-        KeyNumber(
-            "Longest stall", format_duration_ns(longest) if longest else "none", basis + together, longest > 0
-        ),
-        KeyNumber(
-            "Refused connections",
-            f"{refused.total if summary.connections_refused is None else summary.connections_refused:,}",
-            f"{refused.inside:,} in stalls, {refused.drain:,} draining, {refused.outside:,} at other times"
-            if refused.total
-            else "no overflow of the accept queue",
-            refused.total > 0,
-        ),
-    ]
+        KeyNumber("Longest stall", format_duration_ns(longest) if longest else "none",
+                  together if longest else threshold, longest > 0),
+        KeyNumber("Refused connections",
+                  f"{refused.total if summary.connections_refused is None else summary.connections_refused:,}",
+                  _refused(refused), refused.total > 0),
+    ]  # fmt: skip
     if queue is None or queue.queue_max is None:
         numbers.append(KeyNumber("Accept queue", "?", "not observed"))
     else:
@@ -102,6 +98,14 @@ def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
         KeyNumber("Events lost", f"{lost:,}", "" if summary.complete else "recording cut short", lost > 0)
     )
     return tuple(numbers)
+
+
+def _refused(count: OverflowCount) -> str:
+    parts = ((count.inside, "in stalls"), (count.drain, "draining"), (count.outside, "at other times"))
+    named = [f"{number:,} {when}" for number, when in parts if number]
+    if len(named) == 1:
+        return named[0].replace(f"{count.total:,}", "all")
+    return ", ".join(named) or "accept queue never overflowed"
 
 
 def _when(timeline: Timeline) -> str:

@@ -1,7 +1,6 @@
 // Mouse, keyboard, tables, clock and theme.
 
 const byId = (id) => document.getElementById(id);
-const pictures = location.hash === "#picture" || location.hash === "#svg";
 
 function showWindow() {
   const span = state.to - state.from;
@@ -73,7 +72,23 @@ function sortBy(head) {
   table.tBodies[0].append(...rows);
 }
 
+// A line through all lanes under the mouse, with its time.
+function followMouse({ clientX, clientY }) {
+  const box = chart.getBoundingClientRect();
+  const x = clientX - box.left;
+  const right = box.width - MARGIN.right;
+  const inside = x >= MARGIN.left && x <= right && clientY >= box.top + MARGIN.top && clientY <= box.bottom - MARGIN.bottom;
+  const line = byId("cursor");
+  line.hidden = !inside;
+  if (!inside) return;
+  const span = state.to - state.from;
+  line.style.left = `${x}px`;
+  line.firstElementChild.textContent = at(state.from + (span * (x - MARGIN.left)) / (right - MARGIN.left), decimals(span));
+}
+
 function listen() {
+  chart.parentElement.addEventListener("mousemove", followMouse);
+  chart.parentElement.addEventListener("mouseleave", () => (byId("cursor").hidden = true));
   chart.on("plotly_relayout", (change) => {
     const keys = Object.keys(change);
     const axis = keys.map((key) => /^(xaxis\d*)\.range/.exec(key)?.[1]).find(Boolean);

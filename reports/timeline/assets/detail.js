@@ -62,15 +62,15 @@ function drawIcicle(stall) {
   const whole = `stall ${duration(stall.duration_ns)}`;
   const rest = Math.max(stall.duration_ns - stall.explained_ns, 0);
   const nodes = [
-    { id: "stall", label: whole, parent: "", value: 0, colour: mixed(colours.stall, colours.panel, 0.35), hover: `<b>${whole}</b>` },
-    { id: "rest", label: "not traced", parent: "stall", value: rest, colour: mixed(colours.faint, colours.panel, 0.25), hover: `<b>not traced</b><br>${duration(rest)}` },
+    { id: "stall", label: whole, parent: "", value: 0, colour: mixed(colours.stall, colours.panel, 0.35), ink: colours.ink, hover: `<b>${whole}</b>` },
+    { id: "rest", label: `not traced ${duration(rest)}`, parent: "stall", value: rest, colour: mixed(colours.faint, colours.panel, 0.25), ink: colours.ink, hover: `<b>not traced</b><br>${duration(rest)}` },
   ];
   for (const row of rows) {
     const name = plain(page.functions[row.called].name);
     const share = (100 * row.total / Math.max(stall.duration_ns, 1)).toFixed(1);
     nodes.push({
-      id: `p${row.path}`, label: `${name}`, parent: here.has(row.caller) ? `p${row.caller}` : "stall", value: row.own, colour: functionColour(row.called),
-      text: `${duration(row.total)}`,
+      id: `p${row.path}`, label: `${name} ${duration(row.total)}`, parent: here.has(row.caller) ? `p${row.caller}` : "stall", value: row.own, colour: functionColour(row.called),
+      ink: inkOn(functionColour(row.called)),
       hover: `<b>${name}</b><br>${plural(row.calls, "call")}, ${duration(row.total)} (${share}% of the stall)<br>self ${duration(row.own)}, longest ${duration(row.longest)}`,
     });
   }
@@ -78,13 +78,12 @@ function drawIcicle(stall) {
   const box = document.getElementById("icicle");
   Plotly.react(box, [{
     type: "icicle", ids: shown.map((node) => node.id), labels: shown.map((node) => node.label), parents: shown.map((node) => node.parent),
-    values: shown.map((node) => node.value), branchvalues: "remainder", text: shown.map((node) => node.text ?? ""),
-    textinfo: "label+text", hovertext: shown.map((node) => node.hover), hoverinfo: "text", sort: false,
+    values: shown.map((node) => node.value), branchvalues: "remainder", textinfo: "label", hovertext: shown.map((node) => node.hover), hoverinfo: "text", sort: false,
     tiling: { orientation: "v", pad: 1 }, pathbar: { visible: false }, marker: { colors: shown.map((node) => node.colour), line: { width: 1, color: colours.panel } },
-    textfont: { size: 12 }, hoverlabel: { align: "left", bgcolor: colours.panel, bordercolor: colours.faint, font: { color: colours.ink, family: FONT } },
+    textfont: { size: 12, color: shown.map((node) => node.ink) }, hoverlabel: { align: "left", bgcolor: colours.panel, bordercolor: colours.faint, font: { color: colours.ink, family: FONT } },
   }], {
     width: box.clientWidth, height: box.clientHeight, margin: { l: 0, r: 0, t: 0, b: 0 }, paper_bgcolor: colours.panel,
-    font: { family: FONT, color: colours.ink }, uirevision: stall.index,
+    font: { family: FONT, color: colours.ink }, uniformtext: { minsize: 11, mode: "hide" }, uirevision: stall.index,
   }, CONFIG);
 }
 

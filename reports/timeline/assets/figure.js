@@ -1,7 +1,10 @@
 // Puts the lanes into one plotly figure with one time axis.
 
 const MARGIN = { left: 78, right: 18, top: 62, bottom: 44 };
-const TITLE_PX = 34;
+const TITLE_PX = 32;
+const TOP_LABELS_PX = 20;
+const LAPTOP_PX = 950;
+const PICTURE_PX = 1280;
 const CONFIG = { displayModeBar: false, responsive: false, doubleClick: false, scrollZoom: false };
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 
@@ -16,6 +19,8 @@ function figure(fullPx) {
   const colours = theme();
   const widthPx = fullPx - MARGIN.left - MARGIN.right;
   const shown = lanes(colours, widthPx);
+  // on a laptop's screen more lanes are worth more than tall ones
+  if (innerHeight < LAPTOP_PX) shown.filter((lane) => lane.shrinks).forEach((lane) => (lane.height = Math.round(lane.height * 0.78)));
   const innerPx = shown.reduce((sum, lane) => sum + lane.height + TITLE_PX, -TITLE_PX);
   const layout = baseLayout(colours, fullPx, innerPx + MARGIN.top + MARGIN.bottom, widthPx);
   const traces = [];
@@ -30,8 +35,9 @@ function figure(fullPx) {
       tickfont: { size: 10.5 }, showline: true, linecolor: colours.line, mirror: true, ...lane.axis,
     };
     layout[`legend${suffix}`] = {
-      orientation: "h", x: 1, xanchor: "right", y: domain[1], yanchor: "bottom", yref: "paper", font: { size: 11, color: colours.ink },
-      bgcolor: "rgba(0,0,0,0)", itemclick: lane.key === "flame" ? "toggle" : false, itemdoubleclick: false, tracegroupgap: 0,
+      // above the first lane are the labels of the time axis
+      orientation: "h", x: 1, xanchor: "right", y: domain[1] + (place ? 0 : TOP_LABELS_PX / innerPx), yanchor: "bottom", yref: "paper", font: { size: 11, color: colours.ink },
+      bgcolor: "rgba(0,0,0,0)", itemclick: lane.key === "flame" ? "toggle" : false, itemdoubleclick: false, tracegroupgap: 0, traceorder: "normal",
     };
     annotate(layout, lane, domain, suffix, colours);
     lane.traces.forEach((trace) => traces.push({
@@ -52,7 +58,7 @@ function baseLayout(colours, width, height, widthPx) {
     width, height, margin: { l: MARGIN.left, r: MARGIN.right, t: MARGIN.top, b: MARGIN.bottom },
     paper_bgcolor: colours.panel, plot_bgcolor: colours.panel, font: { family: FONT, size: 12, color: colours.ink },
     barmode: "stack", bargap: 0, dragmode: "zoom", hovermode: "closest", hoverdistance: 12, showlegend: true,
-    uirevision: "kept", shapes: [], annotations: [], transition: { duration: 0 },
+    uirevision: "kept", shapes: [], annotations: [],
   };
 }
 
@@ -64,16 +70,14 @@ function timeAxis(colours, widthPx, place, count) {
     side: place === 0 ? "top" : "bottom", tickvals: places.map(toAxis), ticktext: labels, showticklabels: labelled, ticks: labelled ? "outside" : "",
     tickcolor: colours.line, color: colours.faint, gridcolor: colours.line, zeroline: false, showline: true, linecolor: colours.line,
     mirror: true, tickangle: 0, tickfont: { size: 11 },
-    showspikes: true, spikemode: "across", spikesnap: "cursor", spikethickness: 1, spikedash: "dot", spikecolor: colours.faint,
   };
 }
 
 function annotate(layout, lane, domain, suffix, colours) {
   layout.annotations.push({
-    text: `<b>${lane.title}</b>`, x: 0, xref: "paper", xanchor: "left", y: domain[1], yref: "paper", yanchor: "bottom", yshift: lane.key === "refusals" ? 19 : 2,
+    text: `<b>${lane.title}</b>`, x: 0, xref: "paper", xanchor: "left", y: domain[1], yref: "paper", yanchor: "bottom", yshift: suffix ? 2 : TOP_LABELS_PX + 2,
     showarrow: false, font: { size: 12, color: colours.ink },
   });
-  if (lane.key === "refusals") layout[`legend${suffix}`].y += 19 / 2000;
   if (lane.empty) {
     layout.annotations.push({
       text: lane.empty, x: 0.5, xref: "paper", y: (domain[0] + domain[1]) / 2, yref: "paper", showarrow: false,
@@ -130,6 +134,32 @@ function addChosenStall(layout, colours) {
     type: "rect", xref: "x", yref: "paper", x0: toAxis(stall.start_ns), x1: toAxis(stall.end_ns), y0: 0, y1: 1, layer: "below",
     fillcolor: colours.stall, opacity: 0.1, line: { width: 0 }, name: "chosen stall",
   });
+}
+
+// What the page says above the chart, for a picture that stands alone.
+function addHeading(layout, colours) {
+  const lines = wrapped(document.getElementById("verdict").textContent, 125);
+  const numbers = [...document.querySelectorAll("#key-numbers > div")]
+    .map((item) => `${item.querySelector("dt").textContent}: <b>${plain(item.querySelector("strong").textContent)}</b>`);
+  const text = [...lines.map((line) => `<b>${plain(line)}</b>`), `<span style="font-size:12px">${numbers.join("   ·   ")}</span>`,
+    `<span style="font-size:11px;color:${colours.faint}">${plain(document.querySelector(".source").innerText)}</span>`];
+  const height = 24 + 23 * text.length;
+  layout.margin = { ...layout.margin, t: layout.margin.t + height };
+  layout.height += height;
+  layout.annotations.push({
+    text: text.join("<br>"), x: 0, xref: "paper", xanchor: "left", xshift: 20 - MARGIN.left, y: 1, yref: "paper", yanchor: "bottom",
+    yshift: MARGIN.top - 6, showarrow: false, align: "left", font: { size: 16, color: colours.ink },
+  });
+}
+
+function wrapped(text, width) {
+  const lines = [""];
+  for (const word of text.split(/\s+/)) {
+    const line = lines[lines.length - 1];
+    if (line && line.length + word.length >= width) lines.push(word);
+    else lines[lines.length - 1] = line ? `${line} ${word}` : word;
+  }
+  return lines;
 }
 
 async function draw() {

@@ -85,7 +85,7 @@ function callBars(name, place, calls, perPx, rowPx, colours, inLegend) {
     x: spans.length ? spans.map((span) => Math.max(span[1] - span[0], 0.4 * perPx) / 1e9) : [null],
     y: spans.length ? calls.map((index) => data.firstRow[thread[index]] + depth[index]) : [null],
     width: 0.9, text: calls.map((index, at) => label(index, spans[at])), textposition: "inside", insidetextanchor: "middle",
-    textangle: 0, constraintext: "none", textfont: { size: 11 }, cliponaxis: true,
+    textangle: 0, constraintext: "none", textfont: { size: 11, color: inkOn(colour) }, cliponaxis: true,
     customdata: calls.map((index) => ({ call: index })),
     marker: {
       color: colour, line: { width: perPx * 4 < 1e9 ? 0.5 : 0, color: colours.panel },
@@ -203,7 +203,7 @@ function heatLane(colours) {
   for (let row = 0; row <= HEAT_ROWS; row += HEAT_STEPS) if (row >= low && row <= high + 1) decades.push(row);
   const name = state.heatFunction < 0 ? "all functions" : page.functions[state.heatFunction].name;
   return {
-    key: "heat", traces, height: 140, title: `Latency heat map: ${plain(name)}, calls per ${duration(width)}`,
+    key: "heat", traces, height: 140, shrinks: true, title: `Latency heat map: ${plain(name)}, calls per ${duration(width)}`,
     empty: high >= 0 ? "" : "no call was recorded",
     axis: {
       range: high >= 0 ? [low - 0.5, high + 0.5] : [0, 1], showgrid: false, zeroline: false,

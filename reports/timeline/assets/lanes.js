@@ -58,7 +58,7 @@ function refusalsLane(colours) {
     };
   });
   return {
-    key: "refusals", height: 92, traces,
+    key: "refusals", height: 92, shrinks: true, traces,
     title: "Refused connections" + (width ? ` per ${duration(width)}` : ""),
     empty: count.length ? "" : "nothing was refused",
     axis: { rangemode: "tozero", nticks: 4 },
@@ -127,7 +127,7 @@ function queueLane(colours, widthPx) {
     });
   });
   return {
-    key: "queue", title: several ? "Accept queues (dashed: limits), connections" : "Accept queue, connections", height: 104, traces,
+    key: "queue", title: several ? "Accept queues (dashed: limits), connections" : "Accept queue, connections", height: 104, shrinks: true, traces,
     empty: page.queues.length ? "" : "no accept queue was observed", axis: { rangemode: "tozero", nticks: 4 },
   };
 }
@@ -154,7 +154,7 @@ function ratesLane(colours) {
     };
   });
   return {
-    key: "rates", title: "Connections per second", height: 92, traces,
+    key: "rates", title: "Connections per second", height: 92, shrinks: true, traces,
     empty: page.rates.length ? "" : "neither SYNs nor accepted connections were observed", axis: { rangemode: "tozero", nticks: 4 },
   };
 }
@@ -195,7 +195,7 @@ function stallsLane(colours, widthPx) {
     customdata: stalls.map((stall) => ({ stall: stall.index })),
     marker: {
       color: colour, line: { width: stalls.map((stall) => (stall.index === state.stall ? 2.5 : 1)), color: stalls.map((stall) => (stall.index === state.stall ? colours.ink : colour)) },
-      pattern: { shape: pattern, fgcolor: "rgba(0,0,0,0.35)", size: 7, solidity: 0.2 },
+      pattern: { shape: pattern, fillmode: "overlay", fgcolor: "rgba(0,0,0,0.3)", size: 8, solidity: 0.15 },
     },
     hovertext: stalls.map(stallHover), hoverinfo: "text",
   });

@@ -22,6 +22,12 @@ const functionColour = (index) => OKABE_ITO[index % OKABE_ITO.length];
 // past the eighth function the colours come again, with a pattern
 const functionPattern = (index) => PATTERNS[Math.floor(index / OKABE_ITO.length) % PATTERNS.length];
 
+// Black or white, whichever is easier to read on a colour.
+function inkOn(colour) {
+  const [red, green, blue] = [1, 3, 5].map((place) => (parseInt(colour.slice(place, place + 2), 16) / 255) ** 2.2);
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 ? "#000000" : "#ffffff";
+}
+
 function theme() {
   const style = getComputedStyle(document.documentElement);
   const read = (name) => style.getPropertyValue(`--${name}`).trim();
