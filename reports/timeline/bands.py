@@ -39,9 +39,7 @@ def bands(tables: Tables, origin_ns: int) -> tuple[Band, ...]:
             text = f"{name}: not attached yet"
             found.append(Band(NOT_ATTACHED, 0, min(target.start_ns, end_ns) - origin_ns, text, target.pid))
         if 0 < target.end_ns < end_ns - _LEAST_NS:
-            found.append(
-                Band(GONE, max(target.end_ns - origin_ns, 0), end_ns - origin_ns, f"{name}: gone", target.pid)
-            )
+            found.append(Band(GONE, max(target.end_ns - origin_ns, 0), end_ns - origin_ns, f"{name}: gone", target.pid))
     if not tables.recording.complete:
         length = max(end_ns - origin_ns, 1)
         text = "the recording was cut short here: calls and iterations under way are not in it"
@@ -64,7 +62,8 @@ def _losses(tables: Tables, origin_ns: int) -> list[Band]:
                 lost[probe] = grown
         if lost and spans and spans[-1][1] == before.time_ns:
             start_ns, _, sofar = spans[-1]
-            spans[-1] = (start_ns, snapshot.time_ns, {key: sofar.get(key, 0) + lost.get(key, 0) for key in sofar | lost})
+            together = {probe: sofar.get(probe, 0) + lost.get(probe, 0) for probe in sofar | lost}
+            spans[-1] = (start_ns, snapshot.time_ns, together)
         elif lost:
             spans.append((before.time_ns, snapshot.time_ns, lost))
         before = snapshot

@@ -81,7 +81,7 @@ def inside_stalls(analysis: Analysis) -> Bools:
     frame = analysis.stalls.frame
     change = np.zeros(len(analysis.nested.calls) + 1, np.int64)
     np.add.at(change, frame["first_call"].to_numpy(), 1)
-    np.add.at(change, np.maximum(frame["last_call"], frame["first_call"]).to_numpy(), -1)
+    np.add.at(change, np.maximum(frame["last_call"].to_numpy(), frame["first_call"].to_numpy()), -1)
     return np.cumsum(change[:-1]) > 0
 
 

@@ -20,6 +20,7 @@ from stallscope.reports.timeline.calls import (
     inside_stalls,
     slow_from_ns,
 )
+from stallscope.reports.timeline.imported import Imported, imported_lanes
 from stallscope.reports.timeline.listeners import QueueLane, RateLane, Refusals, queue_lanes, rate_lanes, refusals
 from stallscope.reports.timeline.stalls import StallLane, stall_lane
 from stallscope.tracer.analysis.analysis import Analysis
@@ -120,6 +121,7 @@ class Timeline:
     rates: tuple[RateLane, ...]
     stalls: StallLane
     bands: tuple[Band, ...]
+    imported: Imported
 
 
 def build_timeline(analysis: Analysis, *, offset_ns: int = 0, budget: int = CALL_BUDGET) -> Timeline:
@@ -179,6 +181,7 @@ def build_timeline(analysis: Analysis, *, offset_ns: int = 0, budget: int = CALL
         rates=rate_lanes(analysis, origin_ns, elapsed_ns),
         stalls=stall_lane(analysis, origin_ns),
         bands=bands(tables, origin_ns),
+        imported=imported_lanes(tables, origin_ns, elapsed_ns),
     )
 
 
@@ -226,9 +229,7 @@ def _threads(analysis: Analysis) -> tuple[tuple[Thread, ...], Ints]:
     last = np.append(first[1:], len(tid))
     pids = frame["pid"].to_numpy()[first]
     depth = np.maximum.reduceat(frame["depth"].to_numpy(), first) if len(first) else first
-    found = [
-        (int(tid[begin]), int(pid), int(deepest)) for begin, pid, deepest in zip(first, pids, depth, strict=True)
-    ]
+    found = [(int(tid[begin]), int(pid), int(deepest)) for begin, pid, deepest in zip(first, pids, depth, strict=True)]
     ranked = sorted(range(len(found)), key=lambda place: _thread_order(found[place], order))
     threads = []
     for place in ranked:

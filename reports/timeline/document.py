@@ -7,6 +7,8 @@ from typing import Any
 
 from stallscope.reports.timeline.columns import Columns
 from stallscope.reports.timeline.compute import Timeline
+from stallscope.reports.timeline.imported import TROUBLE
+from stallscope.tracer.analysis.blame import CAUSES
 
 _NS_PER_S = 1_000_000_000
 
@@ -41,6 +43,7 @@ def describe(timeline: Timeline) -> tuple[dict[str, Any], str]:
         "queues": _queues(timeline, columns),
         "rates": _rates(timeline, columns),
         "stalls": _stalls(timeline, columns),
+        "imported": _imported(timeline, columns),
         "bands": [
             {"kind": band.kind, "start_ns": band.start_ns, "end_ns": band.end_ns, "text": band.text, "pid": band.pid}
             for band in timeline.bands
@@ -108,10 +111,11 @@ def _refusals(timeline: Timeline, columns: Columns) -> dict[str, Any]:
     refusals = timeline.refusals
     columns.add("refusals.after_ns", refusals.after_ns, ascending=True)
     columns.add("refusals.seen_ns", refusals.seen_ns, ascending=True)
-    for name in ("count", "path", "listener", "address", "port"):
+    for name in ("count", "path", "listener", "cause", "address", "port"):
         columns.add(f"refusals.{name}", getattr(refusals, name))
     return {
         "one_by_one": refusals.one_by_one,
+        "causes": CAUSES,
         "paths": [{"name": path.name, "rst": path.rst, "overflow": path.overflow} for path in refusals.paths],
         "addresses": refusals.addresses,
     }
@@ -143,3 +147,22 @@ def _stalls(timeline: Timeline, columns: Columns) -> dict[str, int]:
     for name in lane.trees.columns:
         columns.add(f"trees.{name}", lane.trees[name].to_numpy(), ascending=name == "stall")
     return {"total": lane.total, "total_ns": lane.total_ns}
+
+
+def _imported(timeline: Timeline, columns: Columns) -> dict[str, Any]:
+    imported = timeline.imported
+    packets, spans, samples = [], [], []
+    for index, lane in enumerate(imported.packets):
+        columns.add(f"packets.{index}.bin", lane.bin, ascending=True)
+        columns.add(f"packets.{index}.count", lane.count)
+        packets.append({"name": lane.name, "trouble": lane.name in TROUBLE, "bin_ns": lane.bin_ns})
+    for index, source in enumerate(imported.spans):
+        columns.add(f"spans.{index}.start_ns", source.start_ns, ascending=True)
+        for name in ("duration_ns", "uncertain_ns", "text"):
+            columns.add(f"spans.{index}.{name}", getattr(source, name))
+        spans.append({"source": source.source, "texts": source.texts, "left_out": source.left_out})
+    for series in imported.samples:
+        # few, and not whole numbers: they are in the document itself
+        times, values = series.time_ns.tolist(), series.value.tolist()
+        samples.append({"name": series.name, "unit": series.unit, "time_ns": times, "value": values})
+    return {"packets": packets, "spans": spans, "samples": samples}

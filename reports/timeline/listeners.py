@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import IPv6Address
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from stallscope.tracer.analysis.analysis import Analysis
-from stallscope.tracer.analysis.overflows import increases, listener_step
+from stallscope.tracer.analysis.blame import CAUSES
+from stallscope.tracer.analysis.overflows import NOT_ATTRIBUTABLE, increases, listener_step
 from stallscope.tracer.analysis.requests import (
     ACCEPTED,
     ACK_REFUSED_WITH_RST,
@@ -31,6 +34,7 @@ _MERGED_PARTS = 20_000
 MAX_ADDRESSES = 5_000
 _QUEUE_BINS = 3_000
 _RATE_BINS = 20_000
+_COLUMNS = ["after_ns", "seen_ns", "count", "path", "listener", "cause", "peer_high", "peer_low", "peer_port"]
 _SYNS = (SYN_TAKEN, "SYN cookie sent")
 
 
@@ -51,6 +55,7 @@ class Refusals:
         paths: the ways in which they were refused.
         after_ns, seen_ns: it happened after the one and not after the other.
         count: how many; path: index in ``paths``; listener: index in the recording's list, -1: not attributable.
+        cause: index in ``blame.CAUSES``, -1: it is no overflow.
         address: index in ``addresses`` of the client's address, -1: not known; port: its port, 0: not known.
         one_by_one: every overflow was seen at its own time.
     """
@@ -61,6 +66,7 @@ class Refusals:
     count: Ints
     path: Ints
     listener: Ints
+    cause: Ints
     address: Ints
     port: Ints
     addresses: tuple[str, ...]
@@ -95,27 +101,33 @@ class RateLane:
 
 def refusals(analysis: Analysis, origin_ns: int, elapsed_ns: int) -> Refusals:
     """Return everything that was refused, whatever the path; no overflow is left out."""
-    tables, overflows = analysis.tables, analysis.stalls.overflows
-    one_by_one = bool((overflows["connection"] >= 0).all()) if len(overflows) else requests_observed(tables.manifest)
-    parts: list[pd.DataFrame] = []
-    requests = tables.requests
-    named = REFUSALS if one_by_one else tuple(name for name in REFUSALS if name not in QUEUE_FULL)
-    rows = requests.loc[requests["event"].isin(named)]
-    if len(rows):
-        parts.append(
-            rows.assign(
-                after_ns=rows["time_ns"], seen_ns=rows["time_ns"], count=1, path=rows["event"].astype(object)
-            )
-        )
-    if not one_by_one:
-        parts.append(overflows.assign(path=SAMPLED_PATH))
-    if not requests_observed(tables.manifest):
-        parts.append(_other_drops(tables).assign(path=OTHER_DROPS, listener=-1))
-    wanted = ["after_ns", "seen_ns", "count", "path", "listener", "peer_high", "peer_low", "peer_port"]
-    frame = pd.concat([part.reindex(columns=wanted) for part in parts if len(part)]) if any(map(len, parts)) else None
-    if frame is None:
-        frame = pd.DataFrame({name: [] for name in wanted})
+    tables, overflows = analysis.tables, analysis.blame.overflows
+    observed = requests_observed(tables.manifest)
+    one_by_one = bool((overflows["connection"] >= 0).all()) if len(overflows) else observed
+    parts = [_overflows_with_path(tables, overflows) if one_by_one else overflows.assign(path=SAMPLED_PATH)]
+    if observed:
+        events = tables.requests["event"]
+        others = tables.requests.loc[events.isin(REFUSALS) & ~events.isin(QUEUE_FULL)]
+        times = others["time_ns"]
+        parts.append(others.assign(after_ns=times, seen_ns=times, count=1, path=others["event"].astype(object)))
+    else:
+        parts.append(_other_drops(tables).assign(path=OTHER_DROPS, listener=NOT_ATTRIBUTABLE))
+    filled = [part.reindex(columns=_COLUMNS) for part in parts if len(part)]
+    frame = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame({name: [] for name in _COLUMNS})
     return _packed(frame, origin_ns, elapsed_ns, one_by_one)
+
+
+def _overflows_with_path(tables: Tables, overflows: pd.DataFrame) -> pd.DataFrame:
+    """Return overflows seen one by one with the path and the client of the event each of them is."""
+    known = {item.index: item.namespace for item in tables.manifest.listeners}
+    rows = tables.requests
+    rows = rows.loc[rows["event"].isin(QUEUE_FULL) & rows["listener"].isin(known)]
+    # the order of requests.overflow_events
+    order = np.lexsort((rows["listener"], rows["time_ns"], rows["listener"].map(known)))
+    rows = rows.iloc[order].reset_index(drop=True)
+    client = rows[["peer_high", "peer_low", "peer_port"]]
+    return overflows.reset_index(drop=True).assign(path=rows["event"].astype(object), after_ns=rows["time_ns"],
+                                                   seen_ns=rows["time_ns"], **client)  # fmt: skip
 
 
 def queue_lanes(tables: Tables, origin_ns: int, elapsed_ns: int) -> tuple[QueueLane, ...]:
@@ -136,7 +148,7 @@ def queue_lanes(tables: Tables, origin_ns: int, elapsed_ns: int) -> tuple[QueueL
     return tuple(lanes)
 
 
-def peaks(time_ns: Ints, value: Ints, bin_ns: int) -> Ints:
+def peaks(time_ns: Ints, value: npt.NDArray[Any], bin_ns: int) -> Ints:
     """Return the places of the first, greatest, least and last value of every bin, ascending; all if they are few."""
     if len(time_ns) <= 4 * _QUEUE_BINS:
         return np.arange(len(time_ns))
@@ -166,21 +178,21 @@ def rate_lanes(analysis: Analysis, origin_ns: int, elapsed_ns: int) -> tuple[Rat
             rows = tables.requests
             is_syn = rows["event"].isin(_SYNS) | rows["event"].astype(str).str.startswith("SYN refused")
             syns = rows.loc[is_syn & rows["listener"].isin(mine), "time_ns"].to_numpy()
-            lanes.append(_rate("SYNs", pid, bin_ns, syns - origin_ns, np.ones(len(syns), np.int64)))
+            lanes.append(counted("SYNs", pid, bin_ns, syns - origin_ns, np.ones(len(syns), np.int64)))
         elif len(taken):
             times, counts = _reckoned(analysis, pid, mine, taken)
             width = max(bin_ns, manifest.sample_ns)
-            lanes.append(_rate("connections that came (reckoned)", pid, width, times - origin_ns, counts))
+            lanes.append(counted("connections that came (reckoned)", pid, width, times - origin_ns, counts))
         if len(taken):
-            lanes.append(_rate("accepted", pid, bin_ns, taken - origin_ns, np.ones(len(taken), np.int64)))
+            lanes.append(counted("accepted", pid, bin_ns, taken - origin_ns, np.ones(len(taken), np.int64)))
     return tuple(lane for lane in lanes if len(lane.bin))
 
 
 def _packed(frame: pd.DataFrame, origin_ns: int, elapsed_ns: int, one_by_one: bool) -> Refusals:
     names = sorted(frame["path"].unique(), key=_path_order)
     peers = frame[["peer_high", "peer_low"]].fillna(0).astype(np.uint64)
-    code, known = pd.factorize(pd.MultiIndex.from_frame(peers)) if len(peers) else (np.zeros(0, np.int64), [])
-    addresses = tuple(_address(int(high), int(low)) for high, low in list(known)[:MAX_ADDRESSES])
+    known, code = np.unique(peers.to_numpy(np.uint64).reshape(-1, 2), axis=0, return_inverse=True)
+    addresses = tuple(_address(high, low) for high, low in known[:MAX_ADDRESSES].tolist())
     entries = pd.DataFrame(
         {
             "after_ns": frame["after_ns"].to_numpy(np.int64) - origin_ns,
@@ -188,6 +200,7 @@ def _packed(frame: pd.DataFrame, origin_ns: int, elapsed_ns: int, one_by_one: bo
             "count": frame["count"].to_numpy(np.int64),
             "path": frame["path"].map({name: index for index, name in enumerate(names)}).to_numpy(np.int64),
             "listener": frame["listener"].to_numpy(np.int64),
+            "cause": frame["cause"].map(CAUSES.index, na_action="ignore").fillna(-1).to_numpy(np.int64),
             "address": np.where(code < MAX_ADDRESSES, code, -1),
             "port": frame["peer_port"].fillna(0).to_numpy(np.int64),
         }
@@ -195,7 +208,7 @@ def _packed(frame: pd.DataFrame, origin_ns: int, elapsed_ns: int, one_by_one: bo
     entries.loc[entries["port"] == 0, "address"] = -1
     if len(entries) > MAX_REFUSALS:
         part = entries["seen_ns"] // max(elapsed_ns // _MERGED_PARTS, 1)
-        groups = entries.groupby([part, "path", "listener"], sort=False)
+        groups = entries.groupby([part, "path", "listener", "cause"], sort=False)
         entries = groups.agg(after_ns=("after_ns", "min"), last_ns=("seen_ns", "max"), count=("count", "sum"))
         entries = entries.reset_index().drop(columns="seen_ns").rename(columns={"last_ns": "seen_ns"})
         entries = entries.assign(address=-1, port=0)
@@ -261,7 +274,8 @@ def _reckoned(analysis: Analysis, pid: int, listeners: list[int], taken: Ints) -
     return times, np.concatenate([came[close], np.ones(int(np.count_nonzero(apart)), np.int64)])
 
 
-def _rate(name: str, pid: int, bin_ns: int, time_ns: Ints, count: Ints) -> RateLane:
+def counted(name: str, pid: int, bin_ns: int, time_ns: Ints, count: Ints) -> RateLane:
+    """Return events counted in bins; what lies before the timeline is left out."""
     inside = time_ns >= 0
     total = np.bincount(time_ns[inside] // bin_ns, weights=count[inside]).astype(np.int64)
     filled = np.flatnonzero(total)

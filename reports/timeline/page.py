@@ -10,17 +10,32 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from stallscope.reports.findings_text import WARNED_OF, blame_lines, threshold_text
+from stallscope.reports.imported import imported_lines
 from stallscope.reports.timeline.columns import gzip_text
 from stallscope.reports.timeline.compute import Timeline
 from stallscope.reports.timeline.document import describe, script_json
-from stallscope.reports.timeline.tables import functions_table, listeners_table, slowest_table, stalls_table, trust
-from stallscope.tracer.analysis.summary import OverflowCount
+from stallscope.reports.timeline.tables import (
+    functions_table,
+    listeners_table,
+    slowest_table,
+    stalls_table,
+    trees_table,
+    trust,
+)
+from stallscope.tracer.analysis.listener_summary import OverflowCount
+from stallscope.tracer.analysis.summary import Summary
 from stallscope.tracer.units import format_duration_ns
 
 SCRIPTS = (
-    "format.js", "columns.js", "state.js", "lanes.js", "flame.js", "figure.js", "detail.js", "controls.js", "start.js",
+    "format.js", "columns.js", "state.js", "lanes.js", "flame.js", "imported.js", "figure.js", "detail.js",
+    "controls.js", "start.js",
 )  # fmt: skip
 """In the order in which they run."""
+
+
+SHOWN_FACTS = 20
+"""Facts shown of one finding."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,25 @@ class KeyNumber:
     value: str
     detail: str
     alarming: bool = False
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact behind a finding; ``time`` and ``window`` (start and length in ns) are "" where it has none."""
+
+    text: str
+    time: str = ""
+    window: str = ""
+
+
+@dataclass(frozen=True)
+class ShownFinding:
+    """One finding as the page shows it."""
+
+    weight: str
+    title: str
+    remedy: str
+    facts: tuple[Fact, ...]
 
 
 def render(timeline: Timeline) -> str:
@@ -45,8 +79,13 @@ def render(timeline: Timeline) -> str:
         when=_when(timeline),
         length=format_duration_ns(timeline.elapsed_ns),
         window=timeline.offset_ns > 0,
-        calm=not summary.stall_count and not summary.overflows.total,
+        mood=_mood(summary),
         key_numbers=key_numbers(timeline),
+        findings=findings(timeline),
+        causes=blame_lines(summary.blame) if summary.overflows.total else [],
+        what_if=[threshold_text(result) for result in summary.what_if],
+        imported=imported_lines(summary.imported) if summary.imported else [],
+        trees=trees_table(timeline),
         stalls=stalls_table(timeline),
         slowest=slowest_table(timeline),
         functions=functions_table(timeline),
@@ -88,16 +127,36 @@ def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
         )
     calls = timeline.calls
     numbers.append(
-        KeyNumber("Calls recorded", f"{calls.total:,}", f"{calls.slow:,} of at least {format_duration_ns(timeline.slow_ns)}")
-    )  # fmt: skip
+        KeyNumber(
+            "Calls recorded", f"{calls.total:,}", f"{calls.slow:,} of at least {format_duration_ns(timeline.slow_ns)}"
+        )
+    )
     loop = summary.loop
     if loop and timeline.elapsed_ns:
         share = f"{loop.busy_ns / timeline.elapsed_ns:.1%} of the time" if len(summary.targets) == 1 else "all servers"
         numbers.append(KeyNumber("Event loop busy", format_duration_ns(loop.busy_ns), share))
-    numbers.append(
-        KeyNumber("Events lost", f"{lost:,}", "" if summary.complete else "recording cut short", lost > 0)
-    )
+    numbers.append(KeyNumber("Events lost", f"{lost:,}", "" if summary.complete else "recording cut short", lost > 0))
     return tuple(numbers)
+
+
+def findings(timeline: Timeline) -> tuple[ShownFinding, ...]:
+    """Return the findings, without those that the warnings say too."""
+    shown = []
+    for finding in timeline.summary.findings:
+        if finding.rule in WARNED_OF:
+            continue
+        facts = []
+        for item in finding.evidence[:SHOWN_FACTS]:
+            if item.start_ns is None:
+                facts.append(Fact(item.text))
+            else:
+                time = f"{(item.start_ns + timeline.offset_ns) / 1e9:.3f} s"
+                facts.append(Fact(item.text, time, f"{item.start_ns} {item.duration_ns}"))
+        left = len(finding.evidence) - len(facts)
+        if left > 0:
+            facts.append(Fact(f"and {left:,} more like these"))
+        shown.append(ShownFinding(finding.weight, finding.title, finding.remedy, tuple(facts)))
+    return tuple(shown)
 
 
 def _refused(count: OverflowCount) -> str:
@@ -106,6 +165,16 @@ def _refused(count: OverflowCount) -> str:
     if len(named) == 1:
         return named[0].replace(f"{count.total:,}", "all")
     return ", ".join(named) or "accept queue never overflowed"
+
+
+def _mood(summary: Summary) -> str:
+    """Return the class of the verdict: whether there is trouble, none, or nothing that was looked at."""
+    if summary.stall_count or summary.overflows.total:
+        return "trouble"
+    seen = any(item.queue_max is not None for item in summary.listeners) or any(
+        item.calls for item in summary.functions
+    )
+    return "calm" if seen or (summary.loop and summary.loop.iterations) else "unknown"
 
 
 def _when(timeline: Timeline) -> str:
@@ -118,5 +187,3 @@ def _when(timeline: Timeline) -> str:
 
 def _asset(name: str) -> str:
     return files("stallscope.reports.timeline").joinpath("assets", name).read_text(encoding="utf-8")
-
-

@@ -83,7 +83,7 @@ def _dump(browser: str, address: str, profile: Path) -> str:
     try:
         done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise StallscopeError(f"{browser} took more than {_TIMEOUT_S} s for a picture; draw a smaller window") from error
+        raise StallscopeError(f"{browser} took more than {_TIMEOUT_S} s; draw a smaller window") from error
     if done.returncode != 0 and not done.stdout:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise StallscopeError(f"{browser} failed: {lines[-1] if lines else f'exit code {done.returncode}'}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from stallscope.probes.catalogue import Field
 from stallscope.reports.timeline.compute import Timeline
+from stallscope.tracer.analysis.tables import Ints
 from stallscope.tracer.units import format_bytes, format_duration_ns
 
 SHOWN_STALLS = 200
@@ -28,11 +29,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row; ``stall`` or ``call`` is what the page goes to when it is chosen, -1: nothing."""
+    """One row, and where the page goes when it is chosen.
+
+    Attributes:
+        stall, call: index of a stall or a call, -1: none; window: start and length in ns, "": none.
+    """
 
     cells: tuple[Cell, ...]
     stall: int = -1
     call: int = -1
+    window: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def stalls_table(timeline: Timeline) -> Table:
             _count(int(refused.loc[index])),
             _duration(int(stall["drain_ns"]), more=not stall["drained"]) if stall["drain_ns"] else Cell("-", 0),
             _count(accepted) if known else Cell("?", -1),
-            Cell(*[mostly.get(index, "not traced")] * 2),
+            Cell(*[mostly.get(index, "unexplained")] * 2),
         ]
         if len(servers) > 1:
             name = servers.get(int(stall["pid"]), f"process {int(stall['pid'])}")
@@ -112,6 +118,28 @@ def slowest_table(timeline: Timeline) -> Table:
     return Table(tuple(columns), tuple(rows))
 
 
+def trees_table(timeline: Timeline) -> Table:
+    """Return the longest call trees, such as one tick of serverCron: whom it visited and where its time went."""
+    summary = timeline.summary
+    rows = []
+    for tree in sorted(summary.trees, key=lambda item: -item.duration_ns):
+        most = tree.functions[0]
+        cells = (
+            _time(timeline, tree.start_ns),
+            Cell(tree.root, tree.root),
+            _duration(tree.duration_ns, more=tree.unfinished),
+            _count(tree.clients),
+            _count(tree.calls),
+            Cell(most.name, most.name),
+            _duration(most.self_ns),
+        )
+        rows.append(Row(cells, window=f"{tree.start_ns} {tree.duration_ns}"))
+    columns = (("at", True), ("root", False), ("took", True), ("clients", True), ("calls", True),
+               ("mostly in", False), ("of it", True))  # fmt: skip
+    left = summary.tree_count - len(rows)
+    return Table(columns, tuple(rows), f"{left:,} shorter ones are not in this table" if left else "")
+
+
 def functions_table(timeline: Timeline) -> Table:
     """Return every function over the whole timeline."""
     below = f"<{format_duration_ns(timeline.summary.min_duration_ns)}"
@@ -145,14 +173,14 @@ def listeners_table(timeline: Timeline) -> Table:
             *(_count(number) for number in (item.queue_limit, count.total, count.inside, count.drain, count.outside)),
         )
         rows.append(Row(cells))
-    for item in timeline.summary.reconciliation:
-        count = item.not_attributable
+    for namespace in timeline.summary.reconciliation:
+        count = namespace.not_attributable
         if count.total:
-            numbers = (count.total, count.inside, count.drain, count.outside)
             blank = (Cell("", -1),) * 3
-            rows.append(Row((Cell("not attributable", "not"), *blank, *(_count(number) for number in numbers))))
-    numbers = ("process", "longest queue", "limit", "refused", "in stalls", "draining", "at other times")
-    return Table((("listener", False), *((name, True) for name in numbers)), tuple(rows))
+            parts = (count.total, count.inside, count.drain, count.outside)
+            rows.append(Row((Cell("not attributable", "not"), *blank, *(_count(number) for number in parts))))
+    names = ("process", "longest queue", "limit", "refused", "in stalls", "draining", "at other times")
+    return Table((("listener", False), *((name, True) for name in names)), tuple(rows))
 
 
 def trust(timeline: Timeline) -> tuple[tuple[str, str], ...]:
@@ -166,8 +194,8 @@ def trust(timeline: Timeline) -> tuple[tuple[str, str], ...]:
     ]
     slow = format_duration_ns(timeline.slow_ns)
     if calls.thinned:
-        drawn = f"{len(calls.start_ns):,} calls are drawn one by one, all {calls.slow:,} of at least {slow} among them; "
-        lines.append(("level of detail", f"{drawn}{calls.thinned:,} shorter calls are drawn as density"))
+        drawn = f"{len(calls.start_ns):,} calls are drawn one by one, all {calls.slow:,} of at least {slow} among them"
+        lines.append(("level of detail", f"{drawn}; {calls.thinned:,} shorter calls are drawn as density"))
     else:
         lines.append(("level of detail", f"every one of {calls.total:,} calls is in this page"))
     if timeline.short_calls:
@@ -195,15 +223,17 @@ def _mostly(timeline: Timeline) -> dict[int, str]:
     if trees.empty:
         return {}
     function = np.array([function for _, function in timeline.paths], np.int64)[trees["path"].to_numpy()]
-    own = trees.assign(function=function).groupby(["stall", "function"], as_index=False)["self_ns"].sum()
-    first = own.sort_values("self_ns", ascending=False).drop_duplicates("stall").set_index("stall")["function"]
-    explained = 2 * frame["explained_ns"] >= frame["duration_ns"]
+    own = trees.assign(function=function).groupby(["stall", "function"]).agg(self_ns=("self_ns", "sum")).reset_index()
+    first = own.sort_values("self_ns", ascending=False).drop_duplicates("stall")
+    explained = (2 * frame["explained_ns"] >= frame["duration_ns"]).to_numpy()
     return {
-        int(stall): timeline.functions[int(index)].name for stall, index in first.items() if explained.loc[stall]
+        stall: timeline.functions[index].name
+        for stall, index in zip(first["stall"].tolist(), first["function"].tolist(), strict=True)
+        if explained[stall]
     }
 
 
-def _place_in_function(function: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _place_in_function(function: Ints) -> Ints:
     """Return which of its function's calls each call is."""
     order = np.argsort(function, kind="stable")
     first = np.searchsorted(function[order], function[order], side="left")

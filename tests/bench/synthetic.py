@@ -65,9 +65,7 @@ def write(path: Path, rows: int) -> int:
     return written
 
 
-def _ticks(
-    first: int, count: int, overflows: int, random: np.random.Generator
-) -> tuple[npt.NDArray[np.void], int]:
+def _ticks(first: int, count: int, overflows: int, random: np.random.Generator) -> tuple[npt.NDArray[np.void], int]:
     """Return the rows of some ticks in the order of their ends, and ListenOverflows after them."""
     number = np.arange(first, first + count)
     storm = number % STORM_EVERY == STORM_EVERY // 2

@@ -119,6 +119,10 @@ function listen() {
     state.heatFunction = Number(target.value);
     draw();
   });
+  byId("sample").addEventListener("change", ({ target }) => {
+    state.sample = Number(target.value);
+    draw();
+  });
   darkness.addEventListener("change", () => applyTheme());
   printing.addEventListener("change", () => applyTheme());
   let resized;

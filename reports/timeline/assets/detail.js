@@ -63,7 +63,7 @@ function drawIcicle(stall) {
   const rest = Math.max(stall.duration_ns - stall.explained_ns, 0);
   const nodes = [
     { id: "stall", label: whole, parent: "", value: 0, colour: mixed(colours.stall, colours.panel, 0.35), ink: colours.ink, hover: `<b>${whole}</b>` },
-    { id: "rest", label: `not traced ${duration(rest)}`, parent: "stall", value: rest, colour: mixed(colours.faint, colours.panel, 0.25), ink: colours.ink, hover: `<b>not traced</b><br>${duration(rest)}` },
+    { id: "rest", label: `unexplained ${duration(rest)}`, parent: "stall", value: rest, colour: mixed(colours.faint, colours.panel, 0.25), ink: colours.ink, hover: `<b>unexplained</b><br>${duration(rest)}` },
   ];
   for (const row of rows) {
     const name = plain(page.functions[row.called].name);
@@ -111,7 +111,7 @@ function fillCalls(stall) {
 }
 
 function fillRefusals(stall) {
-  const { after_ns, seen_ns, count, path, listener, address, port } = data.refusals;
+  const { after_ns, seen_ns, count, path, listener, cause, address, port } = data.refusals;
   const rows = [];
   let total = 0;
   for (let index = 0; index < count.length; index++) {
@@ -125,13 +125,15 @@ function fillRefusals(stall) {
     const who = client ? `${client.includes(":") ? `[${client}]` : client}:${port[index]}` : "";
     rows.push({
       cells: [[`${sampled ? "by " : ""}+${duration(seen_ns[index] - stall.start_ns)}`, seen_ns[index]], [number(count[index]), count[index]],
-        [shortened(page.refusals.paths[path[index]].name), page.refusals.paths[path[index]].name], [who || listenerName(listener[index]), who]],
+        [shortened(page.refusals.paths[path[index]].name), page.refusals.paths[path[index]].name], [causeName(cause[index]), causeName(cause[index])], [who || listenerName(listener[index]), who]],
     });
   }
   const shown = rows.reduce((sum, row) => sum + row.cells[1][1], 0);
   fillTable("stall-refusals", rows, total > shown ? `${number(total - shown)} more are not listed` : rows.length ? "" : "none in this stall and while its queue drained");
   document.getElementById("stall-refusals-title").textContent = `${number(total)} refused`;
 }
+
+const causeName = (cause) => page.refusals.causes[cause] ?? "";
 
 function fillTable(id, rows, note) {
   const table = document.getElementById(id);

@@ -12,7 +12,7 @@ const chart = document.getElementById("chart");
 
 function lanes(colours, widthPx) {
   return [refusalsLane(colours), queueLane(colours, widthPx), ratesLane(colours), stallsLane(colours, widthPx),
-    flameLane(colours, widthPx), heatLane(colours)];
+    flameLane(colours, widthPx), heatLane(colours), ...importedLanes(colours, widthPx)];
 }
 
 function figure(fullPx) {
@@ -32,7 +32,7 @@ function figure(fullPx) {
     layout[`xaxis${suffix}`] = timeAxis(colours, widthPx, place, shown.length);
     layout[`yaxis${suffix}`] = {
       domain, fixedrange: true, anchor: `x${suffix}`, color: colours.faint, gridcolor: colours.line, zerolinecolor: colours.line,
-      tickfont: { size: 10.5 }, showline: true, linecolor: colours.line, mirror: true, ...lane.axis,
+      tickfont: { size: 10.5 }, showline: true, linecolor: colours.line, mirror: true, ...lane.axis, ...(lane.empty ? { tickvals: [] } : {}),
     };
     layout[`legend${suffix}`] = {
       // above the first lane are the labels of the time axis

@@ -6,6 +6,7 @@ const HEAT_ROWS = 72;
 const HEAT_STEPS = 8;
 const HEAT_FLOOR_NS = 100;
 const HEAT_COLUMNS = 400;
+const LEAST_HEAT_ROWS = 2 * HEAT_STEPS;
 
 function callHover(index) {
   const { start_ns, duration_ns, inside_ns, thread, unfinished } = data.calls;
@@ -61,7 +62,7 @@ function flameLane(colours, widthPx) {
   const notes = [`${plural(bars.length, "call")} one by one`];
   if (counted) notes.push(`${number(counted)} shorter ones as density`);
   return {
-    key: "flame", title: `Calls: ${notes.join(", ")}`, traces, height: Math.max(Math.round(rowPx * data.rows) + 6, 40),
+    key: "flame", title: page.calls.total ? `Calls: ${notes.join(", ")}` : "Calls", traces, height: Math.max(Math.round(rowPx * data.rows) + 6, 40),
     empty: page.calls.total ? "" : "no call was recorded",
     axis: { range: [data.rows - 0.5, -0.5], showgrid: false, zeroline: false, tickvals: [] },
     labels: page.threads.length > 1 ? page.threads.map((thread, index) => ({ text: plain(thread.name), y: data.firstRow[index] - 1 })) : [],
@@ -182,6 +183,10 @@ function heatLane(colours) {
     const column = Math.floor((place % columns) / merged) - first;
     if (column >= 0 && column < shown) counts[row * shown + column] += calls[index];
   }
+  if (high >= 0 && high - low < LEAST_HEAT_ROWS) {
+    low = Math.max(low - Math.ceil((LEAST_HEAT_ROWS - (high - low)) / 2), 0);
+    high = Math.min(low + LEAST_HEAT_ROWS, HEAT_ROWS - 1);
+  }
   const traces = [];
   const width = columnNs * merged;
   const edge = (row) => HEAT_FLOOR_NS * 10 ** (row / HEAT_STEPS);
@@ -215,5 +220,5 @@ function heatLane(colours) {
 // One hue from pale to strong: its order survives colour blindness and a black-and-white print.
 function heatScale(colours) {
   const dark = colours.panel.toLowerCase() !== "#ffffff";
-  return dark ? [[0, "#173b57"], [0.5, "#3f9bd1"], [1, "#f4f9a8"]] : [[0, "#b9d9f0"], [0.5, "#2f7fb8"], [1, "#0b1f4b"]];
+  return dark ? [[0, "#2c6288"], [0.5, "#56b4e9"], [1, "#f4f9a8"]] : [[0, "#b9d9f0"], [0.5, "#2f7fb8"], [1, "#0b1f4b"]];
 }

@@ -21,15 +21,17 @@ function rebinned(times, counts, binNs, leastNs) {
 }
 
 function refusalsLane(colours) {
-  const { after_ns, seen_ns, count, path, listener } = data.refusals;
+  const { after_ns, seen_ns, count, path, listener, cause } = data.refusals;
   const middle = seen_ns.map((seen, index) => Math.max((seen + after_ns[index]) / 2, 0));
   const least = page.refusals.one_by_one ? 1000 : page.sample_ns;
   const keys = new Map();
   for (let index = 0; index < count.length; index++) {
     const key = `${path[index]}.${listener[index]}`;
-    if (!keys.has(key)) keys.set(key, { path: path[index], listener: listener[index], times: [], counts: [] });
-    keys.get(key).times.push(middle[index]);
-    keys.get(key).counts.push(count[index]);
+    if (!keys.has(key)) keys.set(key, { path: path[index], listener: listener[index], times: [], counts: [], causes: [] });
+    const entry = keys.get(key);
+    entry.times.push(middle[index]);
+    entry.counts.push(count[index]);
+    entry.causes.push(cause[index]);
   }
   const several = new Set(listener).size > 1;
   let width = 0;
@@ -41,6 +43,7 @@ function refusalsLane(colours) {
     const where = listenerName(item.listener);
     const told = way.overflow && way.name.startsWith("accept queue full") ? "" : way.rst ? " (client gets RST)" : " (silent)";
     const name = shortened(way.name.replace(": accept queue full", "")) + told + (several ? `, ${where}` : "");
+    const causes = causesOf(item, binned);
     const filled = [...binned.sums.keys()].filter((bin) => binned.sums[bin]);
     return {
       type: "bar", name: plain(name), x: filled.map((bin) => toAxis((binned.first + bin + 0.5) * width)),
@@ -52,7 +55,7 @@ function refusalsLane(colours) {
       hovertext: filled.map((bin) => {
         const from = (binned.first + bin) * width;
         return `<b>${number(binned.sums[bin])} refused</b> within ${duration(width)}<br>from ${at(Math.max(from, 0), decimals(width) + 1)}`
-          + `<br>${plain(way.name)}<br>${plain(where)}`;
+          + `<br>${plain(way.name)}<br>${plain(where)}${causes.get(bin) ?? ""}`;
       }),
       hoverinfo: "text",
     };
@@ -63,6 +66,19 @@ function refusalsLane(colours) {
     empty: count.length ? "" : "nothing was refused",
     axis: { rangemode: "tozero", nticks: 4 },
   };
+}
+
+// What caused the refusals of each bin, as a line of its hover.
+function causesOf(item, { width, first }) {
+  const counted = new Map();
+  item.times.forEach((time, index) => {
+    const name = page.refusals.causes[item.causes[index]];
+    if (!name) return;
+    const bin = Math.floor(time / width) - first;
+    if (!counted.has(bin)) counted.set(bin, new Map());
+    counted.get(bin).set(name, (counted.get(bin).get(name) ?? 0) + item.counts[index]);
+  });
+  return new Map([...counted].map(([bin, causes]) => [bin, `<br>cause: ${[...causes].map(([name, count]) => `${name} ${number(count)}`).join(", ")}`]));
 }
 
 function shortened(name) {
@@ -225,6 +241,6 @@ function stallHover(stall) {
   if (page.servers.length > 1) lines.push(plain(serverName(stall.pid)));
   if (stall.queue_max >= 0) lines.push(`accept queue at most ${number(stall.queue_max)} of ${number(stall.queue_limit)}`);
   if (stall.connections > 0) lines.push(`${plural(stall.connections, "different connection")} refused`);
-  lines.push(`not traced: ${duration(Math.max(stall.duration_ns - stall.explained_ns, 0))}`, "click: what filled it");
+  lines.push(`unexplained: ${duration(Math.max(stall.duration_ns - stall.explained_ns, 0))}`, "click: what filled it");
   return lines.join("<br>");
 }

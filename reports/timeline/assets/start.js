@@ -10,6 +10,8 @@ async function start() {
   document.head.append(script);
   readData(new Columns(page.columns, octets));
   page.functions.forEach((called, index) => called.calls && byId("heat-function").add(new Option(called.name, index)));
+  page.imported.samples.forEach((series, index) => byId("sample").add(new Option(series.name, index)));
+  byId("sample-label").hidden = !page.imported.samples.length;
   [state.from, state.to] = wholeRange();
   if (pictureKind) await showPicture(pictureKind);
   else {

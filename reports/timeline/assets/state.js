@@ -1,7 +1,7 @@
 // What is shown now: the window, the clock, the chosen stall; and the data, read once.
 
 const page = JSON.parse(document.getElementById("document").textContent);
-const state = { from: 0, to: page.elapsed_ns, clock: "start", stall: -1, heatFunction: -1 };
+const state = { from: 0, to: page.elapsed_ns, clock: "start", stall: -1, heatFunction: -1, sample: 0 };
 let data = null;
 
 const LEAST_WINDOW_NS = 1000;
@@ -51,12 +51,14 @@ function readData(columns) {
     calls: group("calls", ["start_ns", "duration_ns", "inside_ns", "thread", "function", "depth", "unfinished"]),
     density: group("density", ["group", "bin", "calls", "busy_ns", "longest_ns"]),
     heat: group("heat", ["cell", "calls"]),
-    refusals: group("refusals", ["after_ns", "seen_ns", "count", "path", "listener", "address", "port"]),
+    refusals: group("refusals", ["after_ns", "seen_ns", "count", "path", "listener", "cause", "address", "port"]),
     queues: page.queues.map((_, index) => group(`queue.${index}`, ["time_ns", "length", "limit"])),
     rates: page.rates.map((_, index) => group(`rate.${index}`, ["bin", "count"])),
     stalls: group("stalls", ["start_ns", "duration_ns", "pid", "tid", "unfinished", "listener", "queue_start", "queue_max",
       "queue_limit", "drain_ns", "drained", "accepted", "accepted_drain", "overflows", "overflows_drain",
       "connections", "explained_ns", "tree"]),
+    packets: page.imported.packets.map((_, index) => group(`packets.${index}`, ["bin", "count"])),
+    spans: page.imported.spans.map((_, index) => group(`spans.${index}`, ["start_ns", "duration_ns", "uncertain_ns", "text"])),
     trees: group("trees", ["stall", "path", "calls", "total_ns", "self_ns", "longest_ns"]),
   };
   linkCalls();
