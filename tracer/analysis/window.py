@@ -30,7 +30,7 @@ from stallscope.tracer.manifest import (
 from stallscope.tracer.recording import Recording
 from stallscope.tracer.units import format_duration_ns, parse_duration_ns
 
-_CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?")
+_CLOCK = re.compile(r"([01]?[0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.,][0-9]{1,9})?)?")
 
 
 def parse_moment(text: str, manifest: Manifest) -> int:
@@ -109,13 +109,13 @@ def cut(recording: Recording, from_ns: int | None, to_ns: int | None) -> Recordi
 def _check(first_ns: int, last_ns: int, length_ns: int) -> None:
     """Check a window, given in ns since the start of a recording."""
     length = format_duration_ns(length_ns)
+    if first_ns >= length_ns:
+        raise UsageError(f"the window starts at {_place(first_ns)}, after the end of the recording; it lasts {length}")
     if first_ns >= last_ns:
         raise UsageError(
             f"the window ends at {_place(last_ns)}, not after its start at {_place(first_ns)}; "
             f"the recording lasts {length}"
         )
-    if first_ns >= length_ns:
-        raise UsageError(f"the window starts at {_place(first_ns)}, after the end of the recording; it lasts {length}")
     if last_ns <= 0:
         raise UsageError(f"the window ends {format_duration_ns(-last_ns)} before the recording; it lasts {length}")
 
