@@ -65,6 +65,7 @@ class Calls:
 
     Attributes:
         start_ns, duration_ns, self_ns: of each call; thread, function: index in the timeline's lists.
+        parent: index of the caller among these calls, -1: none, or not here.
         depth: number of callers; unfinished: it had not returned when the recording ended.
         arguments: by function and name of the argument, of this function's calls in the same order.
         total: all recorded calls; slow: how many of them are slow, all of which are here.
@@ -75,6 +76,7 @@ class Calls:
     self_ns: Ints
     thread: Ints
     function: Ints
+    parent: Ints
     depth: Ints
     unfinished: npt.NDArray[np.bool_]
     arguments: dict[tuple[int, str], npt.NDArray[Any]]
@@ -153,6 +155,7 @@ def build_timeline(analysis: Analysis, *, offset_ns: int = 0, budget: int = CALL
         own[rows],
         thread[rows],
         function[rows],
+        _parents(frame["parent"].to_numpy(), rows),
         depth[rows],
         frame["unfinished"].to_numpy()[rows],
         _arguments(analysis, functions, by_probe, rows),
@@ -261,6 +264,14 @@ def _arguments(
         for field in functions[function].fields:
             columns[function, field.name] = decoded[field.name]
     return columns
+
+
+def _parents(parent: Ints, rows: Ints) -> Ints:
+    """Return, for each of these rows, the place of its caller among them, -1: it has none there."""
+    place = np.full(len(parent) + 1, -1, np.int64)
+    place[rows] = np.arange(len(rows))
+    # -1 looks up the last element, which is -1
+    return place[parent[rows]]
 
 
 def _slowest(calls: Calls) -> Ints:

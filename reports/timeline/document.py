@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
+
 from stallscope.reports.timeline.columns import Columns
 from stallscope.reports.timeline.compute import Timeline
 from stallscope.reports.timeline.imported import TROUBLE
@@ -82,6 +84,8 @@ def _calls(timeline: Timeline, columns: Columns) -> dict[str, int]:
     columns.add("calls.thread", calls.thread, ascending=True)
     columns.add("calls.function", calls.function)
     columns.add("calls.depth", calls.depth)
+    # how far back the caller is, 0: none
+    columns.add("calls.caller", np.where(calls.parent < 0, 0, np.arange(len(calls.parent)) - calls.parent))
     columns.add("calls.unfinished", calls.unfinished)
     return {
         "total": calls.total,

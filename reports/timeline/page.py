@@ -106,14 +106,14 @@ def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
     summary = timeline.summary
     longest = max((stall.duration_ns for stall in summary.stalls), default=0)
     count = f"{summary.stall_count:,} stall" + ("" if summary.stall_count == 1 else "s")
-    together = f"{count}, {format_duration_ns(summary.stall_total_ns)} together"
+    together = f", {format_duration_ns(summary.stall_total_ns)} together" if summary.stall_count > 1 else ""
     threshold = f"none of at least {format_duration_ns(summary.stall_ns)}"
     refused = summary.overflows
     queue = max(summary.listeners, key=lambda item: (item.queue_max or 0) / max(item.queue_limit, 1), default=None)
     lost = sum(loss.lost for loss in summary.losses)
     numbers = [
         KeyNumber("Longest stall", format_duration_ns(longest) if longest else "none",
-                  together if longest else threshold, longest > 0),
+                  count + together if longest else threshold, longest > 0),
         KeyNumber("Refused connections",
                   f"{refused.total if summary.connections_refused is None else summary.connections_refused:,}",
                   _refused(refused), refused.total > 0),

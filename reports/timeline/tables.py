@@ -90,7 +90,6 @@ def slowest_table(timeline: Timeline) -> Table:
     calls = timeline.calls
     several = len(timeline.threads) > 1
     place = _place_in_function(calls.function)
-    parents = _parents(timeline)
     rows = []
     for index in timeline.slowest:
         function = timeline.functions[int(calls.function[index])]
@@ -104,7 +103,7 @@ def slowest_table(timeline: Timeline) -> Table:
             Cell(function.name, function.name),
             _duration(int(calls.duration_ns[index]), more=bool(calls.unfinished[index])),
             _duration(int(calls.self_ns[index])),
-            Cell(*[parents[int(index)]] * 2),
+            Cell(*[_caller(timeline, int(index))] * 2),
             Cell(*[", ".join(arguments)] * 2),
         ]
         if several:
@@ -242,18 +241,9 @@ def _place_in_function(function: Ints) -> Ints:
     return place
 
 
-def _parents(timeline: Timeline) -> dict[int, str]:
-    """Return the caller's name of the slowest calls: the last kept call before that is one level less deep."""
-    calls = timeline.calls
-    names = {}
-    for index in timeline.slowest.tolist():
-        depth = int(calls.depth[index])
-        caller = index - 1
-        while caller >= 0 and calls.thread[caller] == calls.thread[index] and calls.depth[caller] >= depth:
-            caller -= 1
-        inside = depth > 0 and caller >= 0 and calls.thread[caller] == calls.thread[index]
-        names[index] = timeline.functions[int(calls.function[caller])].name if inside else "-"
-    return names
+def _caller(timeline: Timeline, call: int) -> str:
+    parent = int(timeline.calls.parent[call])
+    return timeline.functions[int(timeline.calls.function[parent])].name if parent >= 0 else "-"
 
 
 def _time(timeline: Timeline, start_ns: int) -> Cell:

@@ -153,6 +153,9 @@ class TestCalls:
         assert calls.self_ns[trims].tolist() == [98 * MS] * 5
         assert calls.start_ns[trims][0] == 1004 * MS
         assert set(calls.depth[trims]) == {3}
+        callers = calls.parent[trims]
+        assert {names[index] for index in callers.tolist()} == {"clientsCronResizeQueryBuffer"}
+        assert calls.start_ns[callers].tolist() == (calls.start_ns[trims] - 1 * MS).tolist()
 
     def test_arguments_are_named_with_units(self, storm: Timeline) -> None:
         index = [item.name for item in storm.functions].index("clientsCronResizeQueryBuffer")
@@ -228,7 +231,8 @@ class TestRefusals:
     @settings(deadline=None, max_examples=50)
     @given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(1, 1000)), min_size=1, max_size=60), st.integers(1, 9))
     def test_counts_sum_up_however_many_there_are(self, seen: list[tuple[int, int]], most: int) -> None:
-        frame = pd.DataFrame({"seen_ns": [STARTED_NS + time for time, _ in seen], "count": [count for _, count in seen]})
+        times, counts = zip(*seen, strict=True)
+        frame = pd.DataFrame({"seen_ns": np.array(times) + STARTED_NS, "count": counts})
         frame = frame.assign(after_ns=frame["seen_ns"] - 5, path=SAMPLED_PATH, listener=0, cause=STALL)
         frame = frame.reindex(columns=lanes._COLUMNS)
         with pytest.MonkeyPatch.context() as patch:

@@ -64,7 +64,8 @@ class TestCut:
             assert len(analysis.nested.calls.loc[analysis.nested.calls["probe"] == PURGE]) == 5
 
     def test_without_iterations_calls_of_the_main_thread_are_whole(self, tmp_path: Path) -> None:
-        path = Builder().span(CRON, 100, 50).span(PURGE, 110, 30, 1).span(CRON, 300, 50).write(tmp_path / "x.stall", 500)
+        builder = Builder().span(CRON, 100, 50).span(PURGE, 110, 30, 1).span(CRON, 300, 50)
+        path = builder.write(tmp_path / "x.stall", 500)
         calls = window(read_recording(path), 120, 200).tables.calls
         assert calls["duration_ns"].tolist() == [50 * MS, 30 * MS]
         assert not calls["unfinished"].any()
@@ -135,5 +136,5 @@ class TestMoment:
 
     @pytest.mark.parametrize("text", ["", "soon", "12", "12.5x", "25:99", "2025-13-45", "1e9s", "-5s", "99:00:00:00"])
     def test_what_is_no_time(self, text: str) -> None:
-        with pytest.raises(UsageError, match="cannot read .* as a time; write 12.5s after the start"):
+        with pytest.raises(UsageError, match=r"cannot read .* as a time; write 12\.5s after the start"):
             parse_moment(text, manifest())

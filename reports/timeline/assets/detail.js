@@ -11,7 +11,21 @@ function chooseStall(index) {
   dock.hidden = false;
   document.body.classList.add("docked");
   showStall(stall);
-  return setWindow(stall.start_ns - edge, until + edge);
+  return setWindow(stall.start_ns - edge, until + edge).then(showStallLanes);
+}
+
+// Scrolls until the stall and its calls are between the toolbar and the dock.
+function showStallLanes() {
+  const box = (lane) => {
+    const axis = chart.data.find((trace) => trace.meta === lane)?.yaxis ?? "y";
+    const { _offset: offset, _length: length } = chart._fullLayout[axis.replace("y", "yaxis")];
+    const top = chart.getBoundingClientRect().top + offset;
+    return { top, bottom: top + length };
+  };
+  const [above, below] = [document.getElementById("toolbar").offsetHeight + 26, innerHeight - dock.offsetHeight - 12];
+  const [stalls, calls] = [box("stalls"), box("flame")];
+  if (stalls.top >= above && calls.bottom <= below) return;
+  scrollBy(0, Math.min(calls.bottom - below, stalls.top - above));
 }
 
 function closeStall() {
@@ -123,9 +137,10 @@ function fillRefusals(stall) {
     const sampled = seen_ns[index] - after_ns[index] > 1;
     const client = address[index] >= 0 ? page.refusals.addresses[address[index]] : "";
     const who = client ? `${client.includes(":") ? `[${client}]` : client}:${port[index]}` : "";
+    const way = page.refusals.paths[path[index]].name;
     rows.push({
       cells: [[`${sampled ? "by " : ""}+${duration(seen_ns[index] - stall.start_ns)}`, seen_ns[index]], [number(count[index]), count[index]],
-        [shortened(page.refusals.paths[path[index]].name), page.refusals.paths[path[index]].name], [causeName(cause[index]), causeName(cause[index])], [who || listenerName(listener[index]), who]],
+        [who, who], [shortened(way), way], [causeName(cause[index]), causeName(cause[index])]],
     });
   }
   const shown = rows.reduce((sum, row) => sum + row.cells[1][1], 0);

@@ -8,6 +8,13 @@ const PICTURE_PX = 1280;
 const CONFIG = { displayModeBar: false, responsive: false, doubleClick: false, scrollZoom: false };
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 
+// Room for the longest name to the left of the lanes.
+function fitMargin() {
+  const names = [...(page.servers.length > 1 ? page.servers.map((server) => server.name) : []), ...page.imported.spans.map((span) => span.source)];
+  const longest = Math.max(0, ...names.map((name) => name.length));
+  MARGIN.left = Math.min(Math.max(MARGIN.left, 6.6 * longest + 14), 200);
+}
+
 const chart = document.getElementById("chart");
 
 function lanes(colours, widthPx) {
@@ -142,7 +149,7 @@ function addHeading(layout, colours) {
   const numbers = [...document.querySelectorAll("#key-numbers > div")]
     .map((item) => `${item.querySelector("dt").textContent}: <b>${plain(item.querySelector("strong").textContent)}</b>`);
   const text = [...lines.map((line) => `<b>${plain(line)}</b>`), `<span style="font-size:12px">${numbers.join("   ·   ")}</span>`,
-    `<span style="font-size:11px;color:${colours.faint}">${plain(document.querySelector(".source").innerText)}</span>`];
+    `<span style="font-size:11px;color:${colours.faint}">${plain([...document.querySelectorAll(".source > *")].map((item) => item.textContent).join(" · "))}</span>`];
   const height = 24 + 23 * text.length;
   layout.margin = { ...layout.margin, t: layout.margin.t + height };
   layout.height += height;

@@ -90,7 +90,7 @@ function callBars(name, place, calls, perPx, rowPx, colours, inLegend) {
     customdata: calls.map((index) => ({ call: index })),
     marker: {
       color: colour, line: { width: perPx * 4 < 1e9 ? 0.5 : 0, color: colours.panel },
-      pattern: { shape: functionPattern(place), fgcolor: colours.panel, size: 6, solidity: 0.25 },
+      pattern: { shape: functionPattern(place), fillmode: "overlay", fgcolor: colours.panel, size: 6, solidity: 0.25 },
     },
     hovertext: calls.map(callHover), hoverinfo: "text",
   };

@@ -30,7 +30,7 @@ function packetsLane(colours) {
     const colour = REFUSAL_COLOURS[place % REFUSAL_COLOURS.length];
     const shape = REFUSAL_PATTERNS[place % REFUSAL_PATTERNS.length];
     place++;
-    return [{ ...common, type: "bar", width: width / 1e9, marker: { color: colour, line: { width: 0 }, pattern: { shape, fgcolor: colours.paper, size: 5, solidity: 0.35 } } }];
+    return [{ ...common, type: "bar", width: width / 1e9, marker: { color: colour, line: { width: 0 }, pattern: { shape, fillmode: "overlay", fgcolor: colours.paper, size: 5, solidity: 0.35 } } }];
   });
   return {
     key: "packets", title: `Captured packets${width ? ` per ${duration(width)}` : ""}`, height: 86, shrinks: true, traces,
@@ -53,7 +53,7 @@ function spansLane(colours, widthPx) {
     });
     return [
       bars((index) => uncertain_ns[index] + duration_ns[index], 0.25, { color: mixed(functionColour(row), colours.panel, 0.35), line: { width: 0 } }),
-      bars((index) => duration_ns[index], 0.7, { color: functionColour(row), line: { width: 0 }, pattern: { shape: functionPattern(row) } }),
+      bars((index) => duration_ns[index], 0.7, { color: functionColour(row), line: { width: 0 }, pattern: { shape: functionPattern(row), fillmode: "overlay", fgcolor: colours.panel } }),
     ];
   });
   const left = page.imported.spans.reduce((sum, source) => sum + source.left_out, 0);
@@ -75,6 +75,7 @@ function samplesLane(colours, widthPx) {
       line: { width: 1.5, color: colours.queue }, marker: { size: 5 }, showlegend: false,
       hovertext: places.map((place) => `<b>${shown(series.value[place])}</b><br>${plain(series.name)}<br>${at(series.time_ns[place])}`), hoverinfo: "text",
     }],
-    axis: { nticks: 4 },
+    // a field that never changed would be drawn on a scale of rounding errors
+    axis: { nticks: 4, tickformat: "~s", rangemode: series.value.every((value) => value === series.value[0]) ? "tozero" : "normal" },
   };
 }

@@ -50,7 +50,7 @@ function refusalsLane(colours) {
       y: filled.map((bin) => binned.sums[bin]), width: width / 1e9,
       marker: {
         color: REFUSAL_COLOURS[place % REFUSAL_COLOURS.length], line: { width: 0 },
-        pattern: { shape: REFUSAL_PATTERNS[place % REFUSAL_PATTERNS.length], fgcolor: colours.paper, size: 5, solidity: 0.35 },
+        pattern: { shape: REFUSAL_PATTERNS[place % REFUSAL_PATTERNS.length], fillmode: "overlay", fgcolor: colours.paper, size: 5, solidity: 0.35 },
       },
       hovertext: filled.map((bin) => {
         const from = (binned.first + bin) * width;

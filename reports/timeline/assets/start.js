@@ -9,6 +9,7 @@ async function start() {
   script.textContent = new TextDecoder().decode(plotly);
   document.head.append(script);
   readData(new Columns(page.columns, octets));
+  fitMargin();
   page.functions.forEach((called, index) => called.calls && byId("heat-function").add(new Option(called.name, index)));
   page.imported.samples.forEach((series, index) => byId("sample").add(new Option(series.name, index)));
   byId("sample-label").hidden = !page.imported.samples.length;

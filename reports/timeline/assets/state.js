@@ -48,7 +48,7 @@ function readData(columns) {
   const group = (name, fields) => Object.fromEntries(fields.map((field) => [field, get(`${name}.${field}`)]));
   data = {
     columns,
-    calls: group("calls", ["start_ns", "duration_ns", "inside_ns", "thread", "function", "depth", "unfinished"]),
+    calls: group("calls", ["start_ns", "duration_ns", "inside_ns", "thread", "function", "depth", "caller", "unfinished"]),
     density: group("density", ["group", "bin", "calls", "busy_ns", "longest_ns"]),
     heat: group("heat", ["cell", "calls"]),
     refusals: group("refusals", ["after_ns", "seen_ns", "count", "path", "listener", "cause", "address", "port"]),
@@ -65,23 +65,13 @@ function readData(columns) {
   layOutRows();
 }
 
-// The caller of each call, and which of its function's calls it is (its arguments are there).
+// The caller of each call (-1: none), and which of its function's calls it is (its arguments are there).
 function linkCalls() {
-  const { start_ns, duration_ns, thread, depth, function: functions } = data.calls;
-  const count = start_ns.length;
-  data.parent = new Int32Array(count);
-  data.place = new Int32Array(count);
+  const { caller, function: functions } = data.calls;
+  data.parent = caller.map((back, index) => (back ? index - back : -1));
+  data.place = new Int32Array(caller.length);
   const seen = new Int32Array(page.functions.length);
-  let open = [];
-  for (let index = 0; index < count; index++) {
-    if (index && thread[index] !== thread[index - 1]) open = [];
-    const level = depth[index];
-    const caller = level > 0 ? open[level - 1] ?? -1 : -1;
-    const encloses = caller >= 0 && start_ns[index] < start_ns[caller] + Math.max(duration_ns[caller], 1);
-    data.parent[index] = encloses ? caller : -1;
-    open[level] = index;
-    data.place[index] = seen[functions[index]]++;
-  }
+  for (let index = 0; index < caller.length; index++) data.place[index] = seen[functions[index]]++;
 }
 
 // The row of the flame lane each thread begins in; with several threads, a row above it for its name.
