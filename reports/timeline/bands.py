@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from stallscope.tracer.analysis.tables import Tables
-from stallscope.tracer.manifest import Counters
+from stallscope.tracer.manifest import Counters, ProbeCounters
 
-LOST, NOT_ATTACHED, GONE, CUT_SHORT = "lost", "not attached", "gone", "cut short"
+LOST, THINNED, NOT_ATTACHED, GONE, CUT_SHORT = "lost", "thinned", "not attached", "gone", "cut short"
 _LEAST_NS = 1_000_000
 """The time between the start and the attach of the first probes is shorter and means nothing."""
 
@@ -17,7 +18,7 @@ class Band:
     """One such span, times since the start of the timeline.
 
     Attributes:
-        kind: ``LOST``, ``NOT_ATTACHED``, ``GONE`` or ``CUT_SHORT``; text: what was not seen, in words.
+        kind: ``LOST``, ``THINNED``, ``NOT_ATTACHED``, ``GONE`` or ``CUT_SHORT``; text: what was not seen, in words.
         pid: the server it is about, 0: all.
     """
 
@@ -32,7 +33,10 @@ def bands(tables: Tables, origin_ns: int) -> tuple[Band, ...]:
     """Return all of them, by start."""
     manifest = tables.manifest
     end_ns = tables.end_ns
-    found = [*_losses(tables, origin_ns)]
+    found = [
+        *_grown(tables, origin_ns, LOST, "events lost", lambda counters: counters.missing),
+        *_grown(tables, origin_ns, THINNED, "beyond the rate limit, only counted", lambda counters: counters.thinned),
+    ]
     for target in manifest.targets:
         name = f"{target.product} {target.version}, process {target.pid}"
         if target.start_ns - origin_ns > _LEAST_NS:
@@ -47,29 +51,28 @@ def bands(tables: Tables, origin_ns: int) -> tuple[Band, ...]:
     return tuple(sorted(found, key=lambda band: band.start_ns))
 
 
-def _losses(tables: Tables, origin_ns: int) -> list[Band]:
-    """Return a band wherever snapshots of the counters show that events were lost; what touches is one band."""
+def _grown(tables: Tables, origin_ns: int, kind: str, what: str, number: Callable[[ProbeCounters], int]) -> list[Band]:
+    """Return a band wherever snapshots of the counters show that a number grew; what touches is one band."""
     recording = tables.recording
     snapshots = recording.snapshots or ((recording.counters,) if recording.counters else ())
     spans: list[tuple[int, int, dict[int, int]]] = []
     before = Counters(origin_ns, {})
     for snapshot in sorted(snapshots, key=lambda item: item.time_ns):
-        lost = {}
+        more = {}
         for probe, counters in snapshot.by_probe.items():
-            earlier = before.by_probe.get(probe)
-            grown = counters.missing - (earlier.missing if earlier else 0)
+            grown = number(counters) - number(before.by_probe.get(probe, ProbeCounters()))
             if grown > 0:
-                lost[probe] = grown
-        if lost and spans and spans[-1][1] == before.time_ns:
+                more[probe] = grown
+        if more and spans and spans[-1][1] == before.time_ns:
             start_ns, _, sofar = spans[-1]
-            together = {probe: sofar.get(probe, 0) + lost.get(probe, 0) for probe in sofar | lost}
+            together = {probe: sofar.get(probe, 0) + more.get(probe, 0) for probe in sofar | more}
             spans[-1] = (start_ns, snapshot.time_ns, together)
-        elif lost:
-            spans.append((before.time_ns, snapshot.time_ns, lost))
+        elif more:
+            spans.append((before.time_ns, snapshot.time_ns, more))
         before = snapshot
     names = {probe.id: probe.name for probe in tables.manifest.probes}
     found = []
-    for start_ns, end_ns, lost in spans:
-        what = ", ".join(f"{count:,} of {names.get(probe, str(probe))}" for probe, count in lost.items())
-        found.append(Band(LOST, max(start_ns - origin_ns, 0), end_ns - origin_ns, f"events lost: {what}"))
+    for start_ns, end_ns, more in spans:
+        parts = ", ".join(f"{count:,} of {names.get(probe, str(probe))}" for probe, count in more.items())
+        found.append(Band(kind, max(start_ns - origin_ns, 0), end_ns - origin_ns, f"{what}: {parts}"))
     return found

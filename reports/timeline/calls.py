@@ -1,6 +1,7 @@
 """The flame lane and the latency heat map: which calls are drawn one by one, and the rest as counted density.
 
-A slow call lasted, alone, as long as a stall. Slow calls are always kept. Of the others the page keeps as many as
+A slow call lasted, alone, as long as a stall; where there are more than ``MOST_SLOW`` of these, the longest are
+called slow. Slow calls are always kept. Of the others the page keeps as many as
 ``CALL_BUDGET`` allows, those inside stalls first, the longest first; so whatever encloses a kept call is kept with
 it. Every other call is one of the counted calls of a density cell: nothing is lost, only merged.
 """
@@ -23,6 +24,9 @@ CALL_BUDGET = 200_000
 
 MIN_SLOW_NS = 1_000_000
 """With a lower stall threshold a call is slow from here on: what is shorter blocks nobody."""
+
+MOST_SLOW = 400_000
+"""More than this do not fit a page of 12 MB."""
 
 DENSITY_CELLS = 120_000
 MAX_DENSITY_BINS = 8192
@@ -71,9 +75,17 @@ class Heat:
     calls: Ints
 
 
-def slow_from_ns(stall_ns: int) -> int:
-    """Return from which duration on a call is slow: when it alone lasts as long as a stall."""
-    return max(stall_ns, MIN_SLOW_NS)
+def slow_from_ns(stall_ns: int, duration_ns: Ints) -> int:
+    """Return from which duration on a call is slow: when it alone lasts as long as a stall.
+
+    Args:
+        stall_ns: the stall threshold; duration_ns: of all calls.
+    """
+    limit = max(stall_ns, MIN_SLOW_NS)
+    slow = duration_ns[duration_ns >= limit]
+    if len(slow) <= MOST_SLOW:
+        return limit
+    return int(np.partition(slow, len(slow) - MOST_SLOW - 1)[len(slow) - MOST_SLOW - 1]) + 1
 
 
 def inside_stalls(analysis: Analysis) -> Bools:

@@ -144,7 +144,7 @@ def build_timeline(analysis: Analysis, *, offset_ns: int = 0, budget: int = CALL
     duration = frame["duration_ns"].to_numpy()
     function = by_probe[frame["probe"].to_numpy()]
     depth = frame["depth"].to_numpy().astype(np.int64)
-    slow_ns = slow_from_ns(manifest.stall_ns)
+    slow_ns = slow_from_ns(manifest.stall_ns, duration)
     kept = choose_calls(duration, inside_stalls(analysis), slow_ns, budget)
     rest = np.flatnonzero(~kept)
     rows = np.flatnonzero(kept)

@@ -78,7 +78,7 @@ def render(timeline: Timeline) -> str:
         file=summary.path.rpartition("/")[2],
         when=_when(timeline),
         length=format_duration_ns(timeline.elapsed_ns),
-        window=timeline.offset_ns > 0,
+        window=f" of it, from {timeline.offset_ns / 1e9:.3f} s on" if timeline.offset_ns else "",
         mood=_mood(summary),
         key_numbers=key_numbers(timeline),
         findings=findings(timeline),

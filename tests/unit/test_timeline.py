@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -30,7 +32,7 @@ from recordings import (
 )
 
 from stallscope.reports.timeline import listeners as lanes
-from stallscope.reports.timeline.bands import CUT_SHORT, GONE, LOST, NOT_ATTACHED, bands
+from stallscope.reports.timeline.bands import CUT_SHORT, GONE, LOST, NOT_ATTACHED, THINNED, bands
 from stallscope.reports.timeline.calls import (
     HEAT_ROWS,
     MIN_SLOW_NS,
@@ -41,10 +43,12 @@ from stallscope.reports.timeline.calls import (
     slow_from_ns,
 )
 from stallscope.reports.timeline.compute import Timeline, build_timeline
+from stallscope.reports.timeline.document import describe
 from stallscope.reports.timeline.listeners import OTHER_DROPS, SAMPLED_PATH, peaks
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.blame import CAUSES, STALL
 from stallscope.tracer.analysis.tables import build_tables
+from stallscope.tracer.analysis.window import cut
 from stallscope.tracer.manifest import Counters, TargetInfo
 from stallscope.tracer.recording import Recording, read_recording
 
@@ -118,8 +122,18 @@ class TestThinning:
         assert cells.longest_ns.tolist() == length.tolist()
 
     def test_slow_is_a_stall_of_its_own(self) -> None:
-        assert slow_from_ns(10 * MS) == 10 * MS
-        assert slow_from_ns(0) == MIN_SLOW_NS
+        none = np.zeros(0, np.int64)
+        assert slow_from_ns(10 * MS, none) == 10 * MS
+        assert slow_from_ns(0, none) == MIN_SLOW_NS
+
+    @given(arrays(np.int64, st.integers(0, 60), elements=st.integers(0, 2 * 10**7)), st.integers(0, 20))
+    def test_more_slow_calls_than_a_page_holds(self, duration: npt.NDArray[np.int64], most: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("stallscope.reports.timeline.calls.MOST_SLOW", most)
+            limit = slow_from_ns(10 * MS, duration)
+        slow = duration >= limit
+        assert np.count_nonzero(slow) <= most
+        assert limit == 10 * MS or np.count_nonzero(duration >= limit - 1) > most
 
     @pytest.mark.parametrize(("duration_ns", "row"), [(0, 0), (100, 0), (1_000, 8), (10**9, 56), (10**15, 71)])
     def test_rows_of_latency(self, duration_ns: int, row: int) -> None:
@@ -322,6 +336,18 @@ class TestBands:
             (LOST, 2000 * MS, 2500 * MS, "events lost: 1 of je_pages_purge"),
         ]
 
+    def test_what_was_only_counted(self) -> None:
+        recording = read_recording(DATA / "refused.stall")
+        probe = next(item for item in recording.manifest.probes if item.name == "SYN taken")
+        snapshots = tuple(
+            Counters(at(time_ms), {probe.id: ProbeCounters(thinned=number)})
+            for time_ms, number in ((1000, 0), (1500, 9))
+        )
+        (band,) = bands(build_tables(replace(recording, snapshots=snapshots)), STARTED_NS)
+        assert (band.kind, band.start_ns, band.text) == (
+            THINNED, 1000 * MS, "beyond the rate limit, only counted: 9 of SYN taken",
+        )  # fmt: skip
+
     def test_servers_that_were_not_there_all_the_time(self) -> None:
         targets = (
             TargetInfo(4711, STARTED_NS, "/redis", version="2.8.17", end_ns=at(600)),
@@ -339,6 +365,29 @@ class TestBands:
 
     def test_none_where_all_was_seen(self, storm: Timeline) -> None:
         assert storm.bands == ()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_rows_make_a_page(data: st.DataObject) -> None:
+    builder = Builder(hooked_manifest())
+    known = [probe.id for probe in builder.manifest.probes]
+    for _ in range(data.draw(st.integers(0, 25))):
+        builder.span(
+            data.draw(st.sampled_from([*known, 999])),
+            data.draw(st.floats(-5, 2000)),
+            data.draw(st.one_of(st.none(), st.floats(0, 3000))),
+            *(data.draw(st.integers(0, 2**64 - 1)) for _ in range(3)),
+            tid=data.draw(st.sampled_from([4711, 4713, 0, 1])),
+        )
+    recording = _recording(builder, 1500)
+    first, last = sorted(data.draw(st.integers(1, 1499)) for _ in range(2))
+    for part, offset_ns in ((recording, 0), (cut(recording, at(first), at(last + 1)), first * MS)):
+        timeline = build_timeline(analyse(part), offset_ns=offset_ns, budget=data.draw(st.integers(0, 20)))
+        document, _ = describe(timeline)
+        json.dumps(document, allow_nan=False)
+        assert timeline.calls.thinned == timeline.density.calls.sum()
+        assert timeline.heat.calls.sum() == timeline.calls.total
 
 
 def test_an_empty_recording_has_empty_lanes() -> None:

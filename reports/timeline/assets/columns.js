@@ -26,10 +26,11 @@ class Columns {
   }
 
   narrow({ offset, count, width, base, first }) {
+    const octets = this.octets;
     const values = new Float64Array(count).fill(Number(base));
     for (let plane = 0, scale = 1; plane < width; plane++, scale *= 256) {
       const from = offset + plane * count;
-      for (let index = 0; index < count; index++) values[index] += this.octets[from + index] * scale;
+      for (let index = 0; index < count; index++) values[index] += octets[from + index] * scale;
     }
     if (first !== undefined) {
       let sum = first;

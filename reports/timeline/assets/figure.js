@@ -121,8 +121,9 @@ function addBands(layout, colours, widthPx, innerPx) {
 }
 
 function hatch(left, right, heightPx, kind, perPx) {
-  const gap = kind === "lost" ? 13 : 9;
-  const falling = kind !== "lost";
+  const counted = kind === "lost" || kind === "thinned";
+  const gap = counted ? 13 : 9;
+  const falling = !counted;
   const segments = [];
   for (let base = left - heightPx; base < right; base += gap) {
     // the line runs from (base, bottom) to (base + height, top)
@@ -150,7 +151,7 @@ function addHeading(layout, colours) {
     .map((item) => `${item.querySelector("dt").textContent}: <b>${plain(item.querySelector("strong").textContent)}</b>`);
   const text = [...lines.map((line) => `<b>${plain(line)}</b>`), `<span style="font-size:12px">${numbers.join("   ·   ")}</span>`,
     `<span style="font-size:11px;color:${colours.faint}">${plain([...document.querySelectorAll(".source > *")].map((item) => item.textContent).join(" · "))}</span>`];
-  const height = 24 + 23 * text.length;
+  const height = 4 + 23 * text.length;
   layout.margin = { ...layout.margin, t: layout.margin.t + height };
   layout.height += height;
   layout.annotations.push({
