@@ -192,10 +192,13 @@ class _Rows:
                 ends[name] = count
                 if self._start[rows[place]] <= first:
                     known[name] = count
-        whole = first <= self._recording.manifest.started_ns and last >= ended_ns
-        # how many of listeners that were not watched fell into the window is not known
-        ends = item.counters_end if whole else {} if item.other_overflows else ends
-        return dataclasses.replace(item, counters_start=known, counters_end=ends)
+        if first <= self._recording.manifest.started_ns and last >= ended_ns:
+            return item
+        # how many of those at listeners that were not watched fell into the window is not known
+        known_end = not any(item.seen_elsewhere.values())
+        return dataclasses.replace(
+            item, counters_start=known, counters_end=ends if known_end else {}, seen={}, seen_elsewhere={}
+        )
 
     def _last_samples(self, rows: Ints) -> Ints:
         """Return, of these rows, the last of each listener and of each counter of each namespace."""
