@@ -116,7 +116,7 @@ def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
                   count + together if longest else threshold, longest > 0),
         KeyNumber("Refused connections",
                   f"{refused.total if summary.connections_refused is None else summary.connections_refused:,}",
-                  _refused(refused), refused.total > 0),
+                  _refused(refused, summary.connections_refused), refused.total > 0),
     ]  # fmt: skip
     if queue is None or queue.queue_max is None:
         numbers.append(KeyNumber("Accept queue", "?", "not observed"))
@@ -159,12 +159,14 @@ def findings(timeline: Timeline) -> tuple[ShownFinding, ...]:
     return tuple(shown)
 
 
-def _refused(count: OverflowCount) -> str:
+def _refused(count: OverflowCount, connections: int | None) -> str:
+    """Return when connections were refused, and how often, where one was refused more than once."""
     parts = ((count.inside, "in stalls"), (count.drain, "draining"), (count.outside, "at other times"))
     named = [f"{number:,} {when}" for number, when in parts if number]
+    times = "" if connections in (None, count.total) else f"{count.total:,} times, "
     if len(named) == 1:
-        return named[0].replace(f"{count.total:,}", "all")
-    return ", ".join(named) or "accept queue never overflowed"
+        return times + named[0].replace(f"{count.total:,}", "all")
+    return times + ", ".join(named) if named else "accept queue never overflowed"
 
 
 def _mood(summary: Summary) -> str:

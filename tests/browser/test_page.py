@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import DESKTOP, LAPTOP, Open, Opened
 from pages import imported, several_servers, write_page
-from recordings import DATA, PURGE, Builder, quiet
+from recordings import DATA, PURGE, Builder, add_storm, manifest, quiet
+
+from stallscope.tracer.imports.run import run_import
 
 STALL = "stall with refused connections"
 TRIM = "sdsRemoveFreeSpace"
@@ -207,6 +210,8 @@ class TestKeyboard:
             assert title.inner_text().startswith(f"Stall {number} of 2")
         shown.page.keyboard.press("Escape")
         assert shown.page.is_hidden("#dock")
+        shown.page.keyboard.press("w")
+        assert title.inner_text().startswith("Stall 1 of 2"), "both are as bad"
 
     def test_zoom_and_reset(self, storm: Opened) -> None:
         page, whole = storm.page, storm.window()
@@ -359,3 +364,30 @@ class TestImported:
             "document.getElementById('chart').data.find(trace => trace.meta === 'samples').y[0] === 1e9"
         )
         shown.picture("imported", whole=True)
+
+    def test_nothing_but_imported_rows(self, opened: Open, tmp_path: Path) -> None:
+        imported(tmp_path / "all.stall")
+        alone = tmp_path / "alone.stall"
+        run_import((tmp_path / "storm.pcap",), None, alone, (6379,), 0, force=False, command=("stallscope", "import"))
+        shown = opened(write_page(alone))
+        assert {trace["name"] for trace in shown.traces("packets")} == {"SYN", "SYN retransmitted"}
+        assert "Nothing was traced" in shown.page.inner_text("#verdict")
+        shown.picture("imported-alone")
+
+
+class TestText:
+    def test_names_of_a_recording_are_only_text(self, opened: Open, tmp_path: Path) -> None:
+        """The fixture asserts that nothing was loaded and nothing ran."""
+        evil = "</script><img src=http://192.0.2.1/x onerror=alert(1)><a href='http://192.0.2.1'>x</a>"
+        made = manifest()
+        probes = tuple(replace(item, name=evil + item.name) if item.kind == "call" else item for item in made.probes)
+        made = replace(made, probes=probes, listeners=(replace(made.listeners[0], address=evil),))
+        recording = add_storm(Builder(made), 1000).write(tmp_path / "evil.stall", 2000)
+        shown = opened(write_page(recording))
+        dialogs: list[str] = []
+        shown.page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+        shown.page.keyboard.press("n")
+        assert evil in shown.hover("flame", evil.replace("<", "&lt;").replace(">", "&gt;") + TRIM, 1)
+        assert shown.page.locator("img, #chart a, #dock a").count() == 0
+        assert evil + TRIM in cell_texts(shown, "#stall-calls tbody td:nth-child(2)")
+        assert dialogs == []

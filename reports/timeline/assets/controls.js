@@ -109,7 +109,7 @@ function listen() {
   });
   document.addEventListener("keydown", keyPressed);
   const actions = {
-    "zoom-in": () => zoom(0.5), "zoom-out": () => zoom(2), reset, previous: () => nextStall(-1), next: () => nextStall(1),
+    "zoom-in": () => zoom(0.5), "zoom-out": () => zoom(2), reset, previous: () => nextStall(-1), next: () => nextStall(1), worst: worstStall,
     "dock-previous": () => nextStall(-1), "dock-next": () => nextStall(1), "dock-close": closeStall, theme: switchTheme,
     help: () => byId("keys").showModal(), "keys-close": () => byId("keys").close(),
   };
@@ -147,7 +147,7 @@ function chooseRow(element) {
 function keyPressed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
   const keys = {
-    n: () => nextStall(1), p: () => nextStall(-1), "+": () => zoom(0.5), "=": () => zoom(0.5), "-": () => zoom(2), 0: reset,
+    n: () => nextStall(1), p: () => nextStall(-1), w: worstStall, "+": () => zoom(0.5), "=": () => zoom(0.5), "-": () => zoom(2), 0: reset,
     ArrowLeft: () => pan(-0.25), ArrowRight: () => pan(0.25), t: nextClock, d: switchTheme, "?": () => byId("keys").showModal(),
     Escape: () => !dock.hidden && closeStall(),
   };

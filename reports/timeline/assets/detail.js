@@ -46,6 +46,18 @@ function nextStall(step) {
   chooseStall(step > 0 ? Math.max(inView, 0) : (inView < 0 ? count - 1 : Math.max(inView - 1, 0)));
 }
 
+// The stall with the most refused connections, of these the longest: the one the verdict is about.
+function worstStall() {
+  const indexes = [...data.stalls.start_ns.keys()];
+  if (!indexes.length) return;
+  const badness = (index) => [stallAt(index).refused, data.stalls.duration_ns[index]];
+  chooseStall(indexes.reduce((worst, index) => {
+    const [refused, length] = badness(index);
+    const [most, longest] = badness(worst);
+    return refused > most || (refused === most && length > longest) ? index : worst;
+  }));
+}
+
 function showStall(stall) {
   const facts = [stallText(stall), `at ${at(stall.start_ns, 4)}`];
   if (page.servers.length > 1) facts.push(serverName(stall.pid));
@@ -120,7 +132,7 @@ function fillCalls(stall) {
     };
   });
   const left = all - rows.length;
-  fillTable("stall-calls", rows, left > 0 ? `${plural(left, "shorter call")} not listed; the flame graph counts them` : "");
+  fillTable("stall-calls", rows, left > 0 ? `${plural(left, "shorter call")} not listed; the flame graph counts them` : rows.length ? "" : "no traced function was called in it");
   document.getElementById("stall-calls-title").textContent = plural(all, "call");
 }
 

@@ -59,7 +59,7 @@ function flameLane(colours, widthPx) {
     legendPx -= 46 + 6.4 * called.name.length;
     traces.push(callBars(called.name, place, mine, perPx, rowPx, colours, legendPx > 0));
   });
-  const notes = [`${plural(bars.length, "call")} one by one`];
+  const notes = bars.length ? [`${plural(bars.length, "call")} one by one`] : [counted ? "none one by one" : "none at this place"];
   if (counted) notes.push(`${number(counted)} shorter ones as density`);
   return {
     key: "flame", title: page.calls.total ? `Calls: ${notes.join(", ")}` : "Calls", traces, height: Math.max(Math.round(rowPx * data.rows) + 6, 40),
