@@ -54,7 +54,7 @@ class Imported:
     """Everything that ``stallscope import`` added.
 
     Attributes:
-        packets: by event, counted in bins; pid is the capture's number.
+        packets: of all captures together, by event, counted in bins; their ``pid`` is 0.
         spans: by source; samples: by field, those that changed first.
     """
 

@@ -104,7 +104,7 @@ def render(timeline: Timeline) -> str:
 def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
     """Return what is read first, as text."""
     summary = timeline.summary
-    longest = max((stall.duration_ns for stall in summary.stalls), default=0)
+    longest = timeline.stalls.longest_ns
     count = f"{summary.stall_count:,} stall" + ("" if summary.stall_count == 1 else "s")
     together = f", {format_duration_ns(summary.stall_total_ns)} together" if summary.stall_count > 1 else ""
     threshold = f"none of at least {format_duration_ns(summary.stall_ns)}"

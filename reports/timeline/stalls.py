@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stallscope.tracer.analysis.analysis import Analysis
+from stallscope.tracer.analysis.segments import ranges
 from stallscope.tracer.analysis.tables import Ints
 
 MAX_STALLS = 20_000
@@ -27,7 +28,7 @@ class StallLane:
     Attributes:
         frame: the columns of ``Stalls.frame`` that the page shows, of the kept stalls, by start, times since the
             start of the timeline, and ``tree`` (bool): its calls are in ``trees``.
-        total: all stalls; total_ns: all their time, also of those not kept.
+        total: all stalls; total_ns: all their time, also of those not kept; longest_ns: of the longest, 0: none.
         trees: time by stall and chain of functions: ``stall`` (row of ``frame``), ``path`` (index in
             ``Nested.paths``), ``calls``, ``total_ns``, ``self_ns``, ``longest_ns``; int64.
     """
@@ -35,6 +36,7 @@ class StallLane:
     frame: pd.DataFrame
     total: int
     total_ns: int
+    longest_ns: int
     trees: pd.DataFrame
 
 
@@ -71,17 +73,15 @@ def stall_lane(analysis: Analysis, origin_ns: int) -> StallLane:
     shown["tree"] = np.isin(kept, with_tree)
     trees = stall_trees(analysis, with_tree)
     trees["stall"] = np.searchsorted(kept, trees["stall"].to_numpy())
-    return StallLane(shown, len(frame), int(frame["duration_ns"].sum()), trees)
+    lengths = frame["duration_ns"].to_numpy()
+    return StallLane(shown, len(frame), int(lengths.sum()), int(lengths.max(initial=0)), trees)
 
 
 def stall_trees(analysis: Analysis, rows: Ints) -> pd.DataFrame:
     """Return ``StallLane.trees`` of these stalls; ``stall`` is the row of ``Stalls.frame``."""
     frame = analysis.stalls.frame.loc[rows]
     calls = analysis.nested.calls
-    first, last = frame["first_call"].to_numpy(), frame["last_call"].to_numpy()
-    length = np.maximum(last - first, 0)
-    owner = np.repeat(np.arange(len(rows)), length)
-    call = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length) + first[owner]
+    owner, call = ranges(frame["first_call"].to_numpy(), frame["last_call"].to_numpy())
     end = (frame["start_ns"] + frame["duration_ns"]).to_numpy()[owner]
     left = end - calls["start_ns"].to_numpy()[call]
     duration = np.minimum(calls["duration_ns"].to_numpy()[call], left)

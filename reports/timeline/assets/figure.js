@@ -29,7 +29,7 @@ function figure(fullPx) {
   // on a laptop's screen more lanes are worth more than tall ones
   if (innerHeight < LAPTOP_PX) shown.filter((lane) => lane.shrinks).forEach((lane) => (lane.height = Math.round(lane.height * 0.78)));
   const innerPx = shown.reduce((sum, lane) => sum + lane.height + TITLE_PX, -TITLE_PX);
-  const layout = baseLayout(colours, fullPx, innerPx + MARGIN.top + MARGIN.bottom, widthPx);
+  const layout = baseLayout(colours, fullPx, innerPx + MARGIN.top + MARGIN.bottom);
   const traces = [];
   let top = 0;
   shown.forEach((lane, place) => {
@@ -60,7 +60,7 @@ function figure(fullPx) {
   return { traces, layout };
 }
 
-function baseLayout(colours, width, height, widthPx) {
+function baseLayout(colours, width, height) {
   return {
     width, height, margin: { l: MARGIN.left, r: MARGIN.right, t: MARGIN.top, b: MARGIN.bottom },
     paper_bgcolor: colours.panel, plot_bgcolor: colours.panel, font: { family: FONT, size: 12, color: colours.ink },
