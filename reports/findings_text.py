@@ -21,7 +21,7 @@ SHOWN_EVIDENCE = {CAUSE: 4, CONTRIBUTES: 1}
 
 _STYLES = {CAUSE: "bold red", CONTRIBUTES: "yellow", NOTICE: "", CLEARED: "green"}
 
-_WARNED_OF = {"losses", "never-fired"}
+WARNED_OF = {"losses", "never-fired"}
 """Findings that the warnings at the end say too."""
 
 
@@ -31,7 +31,7 @@ def findings(summary: Summary) -> list[Line]:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in summary.findings:
-        if finding.rule in _WARNED_OF:
+        if finding.rule in WARNED_OF:
             continue
         table.add_row(Text(finding.weight, style=_STYLES[finding.weight]), Text(plain(finding.title)))
         for fact in finding.evidence[: SHOWN_EVIDENCE.get(finding.weight, 0)]:
@@ -95,23 +95,29 @@ def trees(summary: Summary) -> list[Line]:
 
 def blame(result: BlameSummary) -> list[Line]:
     """Return how many overflows have which cause, and whether that may be chance."""
+    return [Padding(faint(line), INDENT) for line in blame_lines(result)]
+
+
+def blame_lines(result: BlameSummary) -> list[str]:
+    """Return the same as plain text."""
     causes = [f"{number:,} {cause}" for cause, number in result.causes.items() if number]
     lines = [f"by cause: {', '.join(causes)}"] if causes else []
     lines += [f"no known cause: {number:,} {reason}" for reason, number in result.reasons.items()]
     if result.coincidence is not None:
         lines.append(_against_chance(result.coincidence))
-    return [Padding(faint(line), INDENT) for line in lines]
+    return lines
 
 
 def what_if(summary: Summary) -> list[Line]:
     """Return what each trim threshold would have changed, a line or two each."""
     lines: list[Line] = [heading("What if only query buffers with more unused space were trimmed")]
     for result in summary.what_if:
-        lines.append(Padding(Text(_threshold(result)), INDENT))
+        lines.append(Padding(Text(threshold_text(result)), INDENT))
     return lines
 
 
-def _threshold(result: WhatIf) -> str:
+def threshold_text(result: WhatIf) -> str:
+    """Return what one trim threshold would have changed, in one line."""
     size = result.threshold_bytes
     threshold = f"{size // 1024:,} KB" if size and size % 1024 == 0 else f"{size:,} B"
     text = (

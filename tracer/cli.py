@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import doctor, export, imports, probes, record, summary
+from stallscope.tracer.commands import doctor, export, imports, probes, record, report, summary
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -22,11 +22,20 @@ def cli() -> None:
       stallscope doctor                           what can be observed on this machine
       stallscope record --port 6379 -d 1m         record the server on port 6379
       stallscope summary FILE.stall               what blocked it, and what was refused
+      stallscope report FILE.stall                the same as one page with a timeline
       stallscope export FILE.stall -f perfetto    the same for another tool
     """
 
 
-for _command in (record.record, summary.summary, export.export, imports.import_, probes.probes, doctor.doctor):
+for _command in (
+    record.record,
+    summary.summary,
+    report.report,
+    export.export,
+    imports.import_,
+    probes.probes,
+    doctor.doctor,
+):
     cli.add_command(_command)
 
 

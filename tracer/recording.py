@@ -144,6 +144,7 @@ class Recording:
         counters: the newest snapshot of the in-kernel counters, or None.
         complete: a footer was found; otherwise the file was cut short.
         table: all rows, in the order in which they were written; columns ``COLUMNS``.
+        snapshots: every snapshot of the in-kernel counters, oldest first.
     """
 
     path: Path
@@ -151,6 +152,7 @@ class Recording:
     counters: Counters | None
     complete: bool
     table: pa.Table
+    snapshots: tuple[Counters, ...] = ()
 
     def frame(self) -> pd.DataFrame:
         """Return all rows as a DataFrame with the columns ``COLUMNS``."""
@@ -194,7 +196,7 @@ def read_recording(path: Path) -> Recording:
     if list(columns.items()) != list(_FLAT.items()):
         raise RecordingError(f"{path} has other columns than a recording of this version; it cannot be read")
     manifest = Manifest.from_json(document.get("manifest") if isinstance(document, dict) else None)
-    counters: Counters | None = None
+    snapshots = []
     complete = False
     batches = []
     for batch, side in _batches(reader):
@@ -202,10 +204,10 @@ def read_recording(path: Path) -> Recording:
         if "manifest" in side:
             manifest = Manifest.from_json(side["manifest"])
         if "counters" in side:
-            counters = Counters.from_json(side["counters"])
+            snapshots.append(Counters.from_json(side["counters"]))
         complete = complete or side.get("footer") is True
     table = pa.Table.from_batches(batches, schema=reader.schema)
-    return Recording(path, manifest, counters, complete, table)
+    return Recording(path, manifest, snapshots[-1] if snapshots else None, complete, table, tuple(snapshots))
 
 
 def _batches(reader: pa.RecordBatchStreamReader) -> Iterator[tuple[pa.RecordBatch, dict[str, Any]]]:
