@@ -25,7 +25,7 @@ demo: setup
 	$(PYTHON) vagrant/lab/incident.py --build 2.8.17 --recipe $(RECIPE) -- \
 		$(BIN)/stallscope record -p {pid} -d 15s -o $(DEMO) --force
 	$(BIN)/stallscope summary $(DEMO)
-	$(BIN)/stallscope report $(DEMO) --force
+	$(BIN)/stallscope report $(DEMO)
 
 test: setup test-packages
 	$(PYTHON) vagrant/lab/build.py $(BUILDS) >/dev/null
