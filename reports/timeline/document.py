@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from stallscope.probes.catalogue import default_functions
 from stallscope.reports.timeline.columns import Columns
 from stallscope.reports.timeline.compute import Timeline
 from stallscope.reports.timeline.imported import TROUBLE
@@ -63,6 +65,7 @@ def script_json(document: object) -> str:
 
 def _functions(timeline: Timeline, columns: Columns) -> list[dict[str, Any]]:
     functions = []
+    colours = _colours([function.name for function in timeline.functions])
     for index, function in enumerate(timeline.functions):
         arguments = []
         for field in function.fields:
@@ -71,8 +74,21 @@ def _functions(timeline: Timeline, columns: Columns) -> list[dict[str, Any]]:
                 name = f"arguments.{index}.{field.name}"
                 columns.add(name, values)
                 arguments.append({"name": field.name, "unit": field.unit, "column": name})
-        functions.append({"name": function.name, "calls": function.calls, "arguments": arguments})
+        functions.append(
+            {
+                "name": function.name,
+                "calls": function.calls,
+                "colour": colours[function.name],
+                "arguments": arguments,
+            }
+        )
     return functions
+
+
+def _colours(names: Sequence[str]) -> dict[str, int]:
+    """Return each function's place in the palette: the default ones keep theirs, the others come behind in order."""
+    usual = default_functions()
+    return {name: place for place, name in enumerate(dict.fromkeys([*usual, *names]))}
 
 
 def _calls(timeline: Timeline, columns: Columns) -> dict[str, int]:

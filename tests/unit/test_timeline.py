@@ -31,6 +31,7 @@ from recordings import (
     manifest,
 )
 
+from stallscope.probes.catalogue import default_functions
 from stallscope.reports.timeline import listeners as lanes
 from stallscope.reports.timeline.bands import CUT_SHORT, GONE, LOST, NOT_ATTACHED, THINNED, bands
 from stallscope.reports.timeline.calls import (
@@ -394,3 +395,16 @@ def test_an_empty_recording_has_empty_lanes() -> None:
     timeline = timeline_of(DATA / "empty.stall")
     assert (timeline.calls.total, len(timeline.stalls.frame), len(timeline.refusals.count)) == (0, 0, 0)
     assert (timeline.queues, timeline.rates, timeline.threads, len(timeline.heat.cell)) == ((), (), (), 0)
+
+
+def test_a_function_has_the_same_colour_on_every_page() -> None:
+    seen: dict[str, set[int]] = {}
+    for name in ("known-call", "two-stalls", "with-losses"):
+        document, _ = describe(timeline_of(DATA / f"{name}.stall"))
+        colours = {function["name"]: function["colour"] for function in document["functions"]}
+        assert len(set(colours.values())) == len(colours), "no two of one page are alike"
+        for function, colour in colours.items():
+            seen.setdefault(function, set()).add(colour)
+    assert seen["sdsRemoveFreeSpace"]
+    usual = {function: colours for function, colours in seen.items() if function in default_functions()}
+    assert all(len(colours) == 1 for colours in usual.values()), usual

@@ -53,7 +53,7 @@ function spansLane(colours, widthPx) {
     });
     return [
       bars((index) => uncertain_ns[index] + duration_ns[index], 0.25, { color: mixed(functionColour(row), colours.panel, 0.35), line: { width: 0 } }),
-      bars((index) => duration_ns[index], 0.7, { color: functionColour(row), line: { width: 0 }, pattern: { shape: functionPattern(row), fillmode: "overlay", fgcolor: colours.panel } }),
+      bars((index) => duration_ns[index], 0.7, { color: colourOf(row), line: { width: 0 }, pattern: { shape: patternOf(row), fillmode: "overlay", fgcolor: colours.panel } }),
     ];
   });
   const left = page.imported.spans.reduce((sum, source) => sum + source.left_out, 0);

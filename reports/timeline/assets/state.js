@@ -18,9 +18,12 @@ const fromAxis = (seconds) => Math.round(seconds * 1e9) - page.offset_ns;
 const OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#F0E442", "#8C6D46", "#999999"];
 const PATTERNS = ["", "/", ".", "x", "\\", "+", "-", "|"];
 
-const functionColour = (index) => OKABE_ITO[index % OKABE_ITO.length];
-// past the eighth function the colours come again, with a pattern
-const functionPattern = (index) => PATTERNS[Math.floor(index / OKABE_ITO.length) % PATTERNS.length];
+// past the eighth colour they come again, with a pattern
+const colourOf = (place) => OKABE_ITO[place % OKABE_ITO.length];
+const patternOf = (place) => PATTERNS[Math.floor(place / OKABE_ITO.length) % PATTERNS.length];
+// a function has the same colour on every page, so that pages can be compared
+const functionColour = (index) => colourOf(page.functions[index]?.colour ?? index);
+const functionPattern = (index) => patternOf(page.functions[index]?.colour ?? index);
 
 // Black or white, whichever is easier to read on a colour.
 function inkOn(colour) {
