@@ -105,7 +105,7 @@ class Recorder:
         require_capture()
         self.options = options
         self.progress = Progress()
-        self._stop = threading.Event()
+        self._is_stopped = False
         self._ended_by = ""
         self._wanted_ports: set[int] = set()
         self._targets: dict[int, TargetInfo] = {}
@@ -129,9 +129,13 @@ class Recorder:
             raise
 
     def stop(self, reason: str) -> None:
-        """Ask ``run`` to finish; safe from a signal handler."""
+        """Ask ``run`` to finish; safe from a signal handler.
+
+        A flag, not an event: a handler that sets an event while this thread is about to wait for it waits for the
+        event's lock for ever.
+        """
         self._ended_by = reason
-        self._stop.set()
+        self._is_stopped = True
 
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None) -> Manifest:
         """Record until the duration is over, ``stop`` is called, or the last server has ended.
@@ -165,7 +169,7 @@ class Recorder:
         last = self._manifest()
         writer.write(empty_events())  # the manifest is in the file before anything can end us
         while not self._is_over(time.monotonic_ns()):
-            self._stop.wait(max(min(next_sample, next_read) - time.monotonic_ns(), 0) / 1e9)
+            time.sleep(max(min(next_sample, next_read) - time.monotonic_ns(), 0) / 1e9)
             now_ns = time.monotonic_ns()
             if now_ns >= next_sample:
                 next_sample = max(next_sample + sample_ns, now_ns)
@@ -233,7 +237,7 @@ class Recorder:
         return tuple(with_end(info, self._starts[info.inode], end, names) for info in self._sampler.namespaces)
 
     def _is_over(self, now_ns: int) -> bool:
-        if self._stop.is_set():
+        if self._is_stopped:
             return True
         if self.options.duration_ns and now_ns - self._started_ns >= self.options.duration_ns:
             self._ended_by = "the duration was over"
