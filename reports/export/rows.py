@@ -23,8 +23,11 @@ from stallscope.reports.export.naming import (
     ACCEPT_KIND,
     CALL_KIND,
     COUNTER_KIND,
+    IMPORTED_SAMPLE_KIND,
+    IMPORTED_SPAN_KIND,
     ITERATION_KIND,
     OVERFLOW_KIND,
+    PACKET_KIND,
     QUEUE_KIND,
     REQUEST_KIND,
     call_names,
@@ -71,6 +74,11 @@ COLUMNS: dict[str, pa.DataType] = {
     "accepted": pa.uint64(),
     "listener_fd": pa.int64(),
     "fd": pa.int64(),
+    "connection": pa.int64(),
+    "uncertain_ns": pa.int64(),
+    "text": pa.string(),
+    "value": pa.float64(),
+    "unit": pa.string(),
 }
 """The columns that every export has; those of arguments follow."""
 
@@ -133,6 +141,15 @@ def _parts(analysis: Analysis) -> tuple[_Part, ...]:
         _Part(COUNTER_KIND, len(tables.counters), lambda low, high: _counters(analysis, low, high)),
         _Part(REQUEST_KIND, len(tables.requests), lambda low, high: _requests(tables.requests[low:high], listeners)),
         _Part(OVERFLOW_KIND, len(overflows), lambda low, high: _overflows(overflows[low:high], listeners)),
+        _Part(PACKET_KIND, len(tables.packets), lambda low, high: _packets(tables.packets[low:high])),
+        _Part(
+            IMPORTED_SPAN_KIND, len(tables.imported_spans), lambda low, high: _spans(tables.imported_spans[low:high])
+        ),
+        _Part(
+            IMPORTED_SAMPLE_KIND,
+            len(tables.imported_samples),
+            lambda low, high: _samples(tables.imported_samples[low:high]),
+        ),
     )
 
 
@@ -251,15 +268,12 @@ def _requests(frame: pd.DataFrame, listeners: dict[int, str]) -> _Filled:
     filled = _columns(
         frame.rename(columns=columns), "start_ns", "pid", "queue_length", "queue_limit", "syn_queue_length"
     )
-    codes, addresses = peer_addresses(frame["peer_high"].to_numpy(), frame["peer_low"].to_numpy())
-    ports = pa.array(frame["peer_port"].to_numpy()).cast(pa.string())
-    event = frame["event"].cat
     waited = (frame["event"] == ACCEPTED).to_numpy()
     return filled | {
         "start_ns": frame["time_ns"].to_numpy(),
-        "name": pa.array(event.categories.to_numpy(), pa.string()).take(pa.array(event.codes.to_numpy())),
+        "name": _category(frame["event"]),
         "listener": _named(listeners, frame["listener"]),
-        "peer": pc.binary_join_element_wise(pa.array(addresses, pa.string()).take(pa.array(codes)), ports, ":"),
+        "peer": _peers(frame),
         "wait_ns": pa.array(frame["wait_ns"].to_numpy(), mask=~waited),
     }
 
@@ -276,6 +290,41 @@ def _overflows(frame: pd.DataFrame, listeners: dict[int, str]) -> _Filled:
         "phase": pa.array(frame["phase"].to_numpy(), pa.string()),
         "listener": _named(listeners, frame["listener"]),
     }
+
+
+def _packets(frame: pd.DataFrame) -> _Filled:
+    return _columns(frame, "connection") | {
+        "start_ns": frame["time_ns"].to_numpy(),
+        "name": _category(frame["event"]),
+        "listener": _category(frame["server"]),
+        "peer": _peers(frame),
+    }
+
+
+def _spans(frame: pd.DataFrame) -> _Filled:
+    filled = _columns(frame, "start_ns", "duration_ns", "uncertain_ns")
+    return filled | {"name": _category(frame["source"]), "text": _category(frame["text"])}
+
+
+def _samples(frame: pd.DataFrame) -> _Filled:
+    return _columns(frame, "value") | {
+        "start_ns": frame["time_ns"].to_numpy(),
+        "name": _category(frame["name"]),
+        "unit": _category(frame["unit"]),
+    }
+
+
+def _peers(frame: pd.DataFrame) -> pa.Array:
+    """Return address and port of each row's client."""
+    codes, addresses = peer_addresses(frame["peer_high"].to_numpy(), frame["peer_low"].to_numpy())
+    ports = pa.array(frame["peer_port"].to_numpy()).cast(pa.string())
+    return pc.binary_join_element_wise(pa.array(addresses, pa.string()).take(pa.array(codes)), ports, ":")
+
+
+def _category(values: pd.Series[Any]) -> pa.Array:
+    """Return a categorical column as text; null where it says nothing."""
+    names = [name or None for name in values.cat.categories]
+    return pa.array(names, pa.string()).take(pa.array(values.cat.codes.to_numpy()))
 
 
 def _columns(frame: pd.DataFrame, *names: str) -> _Filled:

@@ -18,9 +18,22 @@ from recordings import GOLDEN  # noqa: E402
 
 from stallscope.reports.export.formats import FORMATS  # noqa: E402
 from stallscope.tracer.analysis.analysis import Analysis, analyse  # noqa: E402
+from stallscope.tracer.imports.run import run_import  # noqa: E402
 from stallscope.tracer.recording import read_recording  # noqa: E402
 
-RECORDINGS = {**GOLDEN, "mixed": mixed_recording}
+
+def imported_recording(path: Path) -> Path:
+    """Write what other tools told of a server, as a recording of its own."""
+    data = HERE.parent / "data"
+    inputs = [
+        data / "backlog-full.pcap",
+        data / "redis-cli" / "slowlog-7.0.no-raw.txt",
+        data / "redis-cli" / "info-7.0.txt",
+    ]
+    return run_import(inputs, None, path, (7379,)).path
+
+
+RECORDINGS = {**GOLDEN, "mixed": mixed_recording, "imported": imported_recording}
 CACHE = HERE.parents[1] / ".cache" / "export"
 
 

@@ -26,7 +26,7 @@ from stallscope.reports.export.ndjson import schema_text
 from stallscope.tracer.analysis.analysis import Analysis, analyse
 from stallscope.tracer.recording import read_recording
 
-NAMES = ("known-call", "two-stalls", "refused", "with-losses", "empty", "cut-short", "mixed")
+NAMES = ("known-call", "two-stalls", "refused", "with-losses", "empty", "cut-short", "mixed", "imported")
 READERS = {
     "parquet": "read_parquet('{}')",
     "csv": "read_csv('{}')",
@@ -108,13 +108,26 @@ class TestDuckDB:
             ("[2001:db8::1]:33333", 2 * MS),
         ]
 
+    def test_finds_what_other_tools_told(self, format_name: str, export: Export, analysis_of: Of) -> None:
+        path, tables = export("imported", format_name), analysis_of("imported").tables
+        assert query(path, "select count(distinct connection), count(*) from events where name = 'SYN'") == [(50, 50)]
+        assert query(path, "select distinct listener from events where kind = 'packet'") == [("127.0.0.1:7379",)]
+        spans = query(path, "select name, duration_ns, text from events where kind = 'imported span' order by id")
+        expected = tables.imported_spans[["source", "duration_ns", "text"]].to_records(index=False).tolist()
+        assert spans == expected
+        assert spans
+        (found,) = query(path, "select max(value), any_value(unit) from events where name = 'connected_clients'")
+        samples = tables.imported_samples.loc[tables.imported_samples["name"] == "connected_clients"]
+        assert found == (samples["value"].max(), samples["unit"].iloc[0])
+
     @pytest.mark.parametrize("name", NAMES)
     def test_reads_every_row(self, name: str, format_name: str, export: Export, analysis_of: Of) -> None:
         """Rows of every kind are as many as in the tables."""
         analysis = analysis_of(name)
         tables = analysis.tables
         frames = (analysis.nested.calls, analysis.nested.abandoned, tables.iterations, tables.accepts,
-                  tables.queues, tables.counters, tables.requests, analysis.stalls.overflows)  # fmt: skip
+                  tables.queues, tables.counters, tables.requests, analysis.stalls.overflows,
+                  tables.packets, tables.imported_spans, tables.imported_samples)  # fmt: skip
         expected = {kind: len(frame) for kind, frame in zip(KINDS, frames, strict=True) if len(frame)}
         path = export(name, format_name)
         if not expected:
@@ -125,7 +138,7 @@ class TestDuckDB:
         assert dict(found) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["refused", "mixed"])
+@pytest.mark.parametrize("name", ["refused", "mixed", "imported"])
 def test_the_three_formats_hold_the_same(name: str, export: Export) -> None:
     columns = pq.read_schema(export(name, "parquet")).names
     found = []
@@ -144,7 +157,13 @@ class TestSchema:
         jsonschema.Draft202012Validator.check_schema(schema)
         assert list(schema["properties"]) == list(rows.COLUMNS)
         assert schema["properties"]["kind"]["enum"] == list(KINDS)
-        types = {pa.int64(): "integer", pa.uint64(): "integer", pa.bool_(): "boolean", pa.string(): "string"}
+        types = {
+            pa.float64(): "number",
+            pa.int64(): "integer",
+            pa.uint64(): "integer",
+            pa.bool_(): "boolean",
+            pa.string(): "string",
+        }
         for name, kind in rows.COLUMNS.items():
             told = schema["properties"][name]
             assert told["description"].endswith(".")
