@@ -22,7 +22,8 @@ LAPTOP, DESKTOP = {"width": 1366, "height": 768}, {"width": 1280, "height": 800}
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 
 
-@pytest.fixture(scope="session")
+# by module: while it runs, its event loop counts as running in this thread, and nobody else may start one
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -154,3 +154,14 @@ def test_a_busy_record_hides_a_discarded_one_behind_it() -> None:
     ring.produce(1, int(DISCARD_BIT))
     assert ring.read() == []
     assert ring.consumer == RECORD_BYTES
+
+
+@pytest.mark.parametrize("count", [1, 2, CAPACITY])
+def test_what_was_read_is_a_copy(count: int) -> None:
+    """The kernel writes over the room that was given back, while the reader still holds what it read."""
+    ring = Ring()
+    ring.produce(count)
+    data: npt.NDArray[np.void] = np.concatenate([ring.records, ring.records])
+    events, _ = waiting_records(data, 0, ring.producer)
+    assert len(events) == count
+    assert not np.shares_memory(events, data)

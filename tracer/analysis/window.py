@@ -180,14 +180,16 @@ class _Rows:
         """Return a namespace with its counters as they were at both ends of a window."""
         known = dict(item.counters_start)
         ends = dict(known)
+        names = self._recording.manifest.counter_names
         for probe in self._recording.manifest.probes:
             if probe.kind != COUNTER:
                 continue
             rows = np.flatnonzero((self._probe == probe.id) & (self._start <= last))
             fields = {field.name: self._field(rows, field.name, probe.id) for field in probe.fields}
-            mine = np.flatnonzero(fields["namespace"] == item.index)
+            # a damaged row may name a counter that is not listed
+            mine = np.flatnonzero((fields["namespace"] == item.index) & (fields["counter"] < len(names)))
             for place in mine[np.argsort(self._start[rows[mine]], kind="stable")].tolist():
-                name = self._recording.manifest.counter_names[int(fields["counter"][place])]
+                name = names[int(fields["counter"][place])]
                 count = int(fields["count"][place])
                 ends[name] = count
                 if self._start[rows[place]] <= first:
