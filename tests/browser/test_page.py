@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import DESKTOP, LAPTOP, Open, Opened
+from opened import DESKTOP, LAPTOP, Open, Opened
 from pages import imported, several_servers, write_page
 from recordings import DATA, PURGE, Builder, add_storm, manifest, quiet
 

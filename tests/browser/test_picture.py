@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ARTEFACTS
+from opened import ARTEFACTS
 from recordings import DATA
 
 STALLSCOPE = str(Path(sys.executable).with_name("stallscope"))
