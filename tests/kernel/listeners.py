@@ -108,14 +108,16 @@ class Namespace:
                 client.connect_ex((address or host, port))
         return clients
 
-    def connect_to_full(self, server: socket.socket, count: int, holds: int) -> list[socket.socket]:
+    def connect_to_full(
+        self, server: socket.socket, count: int, holds: int, address: str = "", *, tries: int = 3
+    ) -> list[socket.socket]:
         """Return clients of which the first fill the accept queue before the others begin.
 
         All at once, a slow machine would have the SYN queue fill before the first handshake is done.
         """
-        clients = self.connect(server, holds)
+        clients = self.connect(server, holds, address, tries=tries)
         until(lambda: self.state(server).queue_length == holds, "the accept queue is full")
-        return clients + self.connect(server, count - holds)
+        return clients + self.connect(server, count - holds, address, tries=tries)
 
     def sockets(self, count: int, family: int = socket.AF_INET) -> list[socket.socket]:
         return self.inside(lambda: [socket.socket(family) for _ in range(count)])

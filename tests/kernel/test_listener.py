@@ -221,7 +221,7 @@ def test_peers_are_known_by_address_and_port(loaded: Watchers, place: Namespace,
     with place.listen(BACKLOG, way[0]) as listening:
         loaded.watch(place, listening)
         loaded.begin(place)
-        clients = place.connect(listening, 20, way[1], tries=2)
+        clients = place.connect_to_full(listening, 20, HOLDS, way[1], tries=2)
         loaded.wait_for(2 * (20 - HOLDS))
         loaded.finish()
         established = names_of([client for client in clients if is_established(client)])
@@ -237,7 +237,7 @@ def test_both_sets_of_programs_see_the_same(loaded: Watchers, place: Namespace) 
     with place.listen(BACKLOG) as listening:
         loaded.watch(place, listening)
         loaded.begin(place)
-        clients = place.connect(listening, 20, tries=2)
+        clients = place.connect_to_full(listening, 20, HOLDS, tries=2)
         loaded.wait_for(2 * (20 - HOLDS))
         accept_all(listening)
         loaded.finish()
@@ -254,7 +254,7 @@ def test_two_listeners_at_once(loaded: Watchers, place: Namespace) -> None:
     with place.listen(2) as one, place.listen(7) as other:
         servers = [loaded.watch(place, one), loaded.watch(place, other)]
         loaded.begin(place)
-        clients = [place.connect(one, 10, tries=2), place.connect(other, 15, tries=2)]
+        clients = [place.connect_to_full(one, 10, 3, tries=2), place.connect_to_full(other, 15, 8, tries=2)]
         loaded.wait_for(2 * (7 + 7))
         loaded.finish()
         peers = [names_of(group) for group in clients]
@@ -272,7 +272,10 @@ def test_namespaces_are_kept_apart(loaded: Watchers, place: Namespace) -> None:
     with namespace() as elsewhere, place.listen(2) as one, elsewhere.listen(3, port=one.getsockname()[1]) as other:
         loaded.watch(place, one)
         loaded.begin(place, elsewhere)
-        clients = [*place.connect(one, 10, tries=2), *elsewhere.connect(other, 12, tries=2)]
+        clients = [
+            *place.connect_to_full(one, 10, 3, tries=2),
+            *elsewhere.connect_to_full(other, 12, 4, tries=2),
+        ]
         loaded.wait_for(2 * 7)
         until(lambda: elsewhere.counters()["ListenOverflows"] >= 2 * 8, "the other one overflows")
         loaded.finish()
@@ -287,7 +290,10 @@ def test_listeners_that_are_not_watched_are_only_counted(loaded: Watchers, place
     with place.listen(2) as watched, place.listen(2) as other:
         loaded.watch(place, watched)
         loaded.begin(place)
-        clients = [*place.connect(watched, 5, tries=2), *place.connect(other, 10, tries=2)]
+        clients = [
+            *place.connect_to_full(watched, 5, 3, tries=2),
+            *place.connect_to_full(other, 10, 3, tries=2),
+        ]
         loaded.wait_for(2 * 2)
         until(lambda: place.counters()["ListenOverflows"] >= 2 * (2 + 7), "the other one overflows")
         loaded.finish()
@@ -342,12 +348,12 @@ def test_a_listener_that_is_opened_again(loaded: Watchers, place: Namespace) -> 
         port = listening.getsockname()[1]
         before = loaded.watch(place, listening)
         loaded.begin(place)
-        clients = place.connect(listening, 10, tries=2)
+        clients = place.connect_to_full(listening, 10, 3, tries=2)
         loaded.wait_for(14)
     close_all(clients)
     with place.listen(4, port=port) as listening:
         after = loaded.watch(place, listening)
-        clients = place.connect(listening, 10, tries=2)
+        clients = place.connect_to_full(listening, 10, 5, tries=2)
         loaded.wait_for(14 + 10)
         loaded.finish()
         close_all(clients)
@@ -362,7 +368,7 @@ def test_the_backlog_in_force(loaded: Watchers, place: Namespace, backlog: int, 
     with place.listen(backlog) as listening:
         loaded.watch(place, listening)
         loaded.begin(place)
-        clients = place.connect(listening, limit + 1 + 11, tries=2)
+        clients = place.connect_to_full(listening, limit + 1 + 11, limit + 1, tries=2)
         loaded.wait_for(22)
         loaded.finish()
         close_all(clients)
