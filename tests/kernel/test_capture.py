@@ -264,11 +264,13 @@ class TestUnderWay:
         program.send("flood-on")
         program.told("flooding")
         traced.attach()
+        probe = traced.probe("flooded")
+        until(lambda: traced.set.counters()[probe].hits > 0, "a call begins after that")
         program.send("enough")
         program.told()
         program.told()
         _, unfinished, counters = traced.set.stop()
-        seen = counters[traced.probe("flooded")]
+        seen = counters[probe]
         assert len(unfinished) == 0
         assert seen.abandoned == 0, "entries without a return between the two probes of one function"
         assert seen.hits == seen.sent + seen.lost > 0
