@@ -243,12 +243,12 @@ class _Walk:
         for index in np.unique(mapped[rules >= 0]):
             here = (mapped == index) & (rules >= 0)
             table = self._unwinder.table(int(index))
-            self._return(table, rules[here], rows[here])
+            self._return(table, rules[here], rows[here], exact[here])
             next_exact[here] = table.is_signal_frame[rules[here]]
         goes_on = self._ended[rows] == 0
         return rows[goes_on], next_exact[goes_on]
 
-    def _return(self, table: RuleTable, rules: NDArray[np.int32], rows: NDArray[np.int64]) -> None:
+    def _return(self, table: RuleTable, rules: NDArray[np.int32], rows: NDArray[np.int64], exact: Flags) -> None:
         """Give some stacks, whose code is in one file, the registers of their callers, or the reason why not."""
         callee = self._registers[rows]
         kind = table.kind[rules]
@@ -285,7 +285,9 @@ class _Walk:
         # A callee-saved register below the copy was restored before its place was given up: see unwind().
         could_read &= ~(is_lost[:, RIP] | is_lost[:, RSP])
         ended = np.zeros(len(rows), np.uint8)
-        ended[(caller[:, RSP] <= callee[:, RSP]) & ~table.is_signal_frame[rules]] = Ended.NO_PROGRESS
+        # A signal may have its own stack, and a longjmp has left its own when it loads the stack pointer.
+        may_stay = table.is_signal_frame[rules] | (exact & (caller[:, RSP] == callee[:, RSP]))
+        ended[(caller[:, RSP] <= callee[:, RSP]) & ~may_stay] = Ended.NO_PROGRESS
         ended[caller[:, RIP] == 0] = Ended.REACHED_END
         ended[~could_read] = Ended.STACK_TOO_SHORT
         ended[kind[:, RIP] == Kind.UNDEFINED] = Ended.REACHED_END
