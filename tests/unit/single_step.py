@@ -104,10 +104,11 @@ def run(program: Path, *, size: int, below: int, limit: int) -> Steps:
         below: and below it.
         limit: instructions at most.
     """
+    # On one CPU the two take turns without waiting for another to wake.
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
     pid = os.fork()
     if not pid:
-        # Beside each other they take turns without waiting for another CPU to wake.
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         ctypes.CDLL(None).ptrace(TRACEME, 0, None, None)
         os.execv(program, [str(program)])
     traced = _Traced(pid)
@@ -119,6 +120,7 @@ def run(program: Path, *, size: int, below: int, limit: int) -> Steps:
         mappings, images = mapped_code(pid)
         seen = list(_steps(traced, size, below, limit))
     finally:
+        os.sched_setaffinity(0, allowed)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             traced.wait()

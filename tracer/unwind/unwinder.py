@@ -18,7 +18,7 @@ from stallscope.tracer.errors import SymbolError
 from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.expressions import evaluate
 from stallscope.tracer.unwind.registers import REGISTER_COUNT, RIP, RSP
-from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleTable
+from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleTable, RuleTableBuilder
 
 MAX_FRAMES = 128
 """Frames kept of one stack; the kernel's own limit is 127 (perf_event_max_stack)."""
@@ -89,7 +89,11 @@ class Frame:
 
 
 class Unwinder:
-    """The mapped code of one process."""
+    """The mapped code of one process.
+
+    Attributes:
+        problems: one line for each file whose rules turned out to be damaged; its frames end as Ended.NO_RULE.
+    """
 
     def __init__(self, mappings: Sequence[CodeMapping], images: Mapping[str, CodeImage]) -> None:
         """Keep what is mapped where.
@@ -99,6 +103,8 @@ class Unwinder:
                 file replaced since), ends a stack as Ended.NO_RULE.
             images: by path.
         """
+        self.problems: list[str] = []
+        self._tables: dict[int, RuleTable] = {}
         self._mappings = sorted(mappings, key=lambda mapping: mapping.start)
         self._starts = np.array([mapping.start for mapping in self._mappings], np.uint64)
         self._ends = np.array([mapping.end for mapping in self._mappings], np.uint64)
@@ -175,17 +181,23 @@ class Unwinder:
         """
         mapped = self._mapping_of(places)
         rules = np.full(len(places), NO_RULE, np.int32)
-        for index in np.unique(mapped):
-            if index >= 0 and self._images[index] is not None:
-                here = mapped == index
-                rules[here] = self.table(int(index)).at(places[here] + self._shifts[index])
+        for index in np.unique(mapped[mapped >= 0]):
+            here = mapped == index
+            rules[here] = self.table(int(index)).at(places[here] + self._shifts[index])
         return mapped, rules
 
     def table(self, index: int) -> RuleTable:
-        """Return the unwind rules of a mapping that has an image."""
-        image = self._images[index]
-        assert image is not None
-        return image.rules
+        """Return the unwind rules of a mapping; none when it has no image or its rules cannot be read."""
+        table = self._tables.get(index)
+        if table is None:
+            image = self._images[index]
+            table = RuleTableBuilder().build()
+            try:
+                table = image.rules if image is not None else table
+            except SymbolError as error:
+                self.problems.append(str(error))
+            self._tables[index] = table
+        return table
 
 
 class _Walk:
