@@ -68,7 +68,7 @@ class Change:
 
     Attributes:
         subject: a function, ``stalls``, ``overflows`` or ``accept wait``.
-        quantity: ``calls``, ``calls per client``, ``total time``, ``self time``, ``events`` or one of ``QUANTILES``.
+        quantity: ``calls``, ``calls/client``, ``total`` and ``self`` (time), ``events`` or one of ``QUANTILES``.
         unit: ``1/s``, ``1/s/client``, ``ns/s`` or ``ns``.
         ratio: after to before; low, high: its interval, None: unbounded or not known.
         p_value: the parametric one, exact for rates; p_permutation: of blocks; p_adjusted: after Holm's correction.
@@ -158,7 +158,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; what is unbounded or not known is null."""
-        return {"comparison_version": COMPARISON_VERSION, **_finite(dataclasses.asdict(self))}
+        return {"comparison_version": COMPARISON_VERSION, **finite(dataclasses.asdict(self))}
 
 
 def compare(
@@ -186,8 +186,8 @@ def compare(
     adjusted = _holm(changes, 1 - confidence)
     comparison = Comparison(
         headline="",
-        before=tuple(_run_summary(before)),
-        after=tuple(_run_summary(after)),
+        before=tuple(run_summaries(before)),
+        after=tuple(run_summaries(after)),
         confidence=confidence,
         variation=variation,
         load_band=load_band,
@@ -231,9 +231,9 @@ def changes_of(
     if subject != OVERFLOWS:
         result += [maker.quantile(name, share) for name, share in QUANTILES.items()]
     if subject not in (OVERFLOWS, ACCEPT_WAIT):
-        result.append(maker.rate("total time", "ns/s", "total_ns"))
+        result.append(maker.rate("total", "ns/s", "total_ns"))
     if subject not in (STALLS, OVERFLOWS, ACCEPT_WAIT):
-        result.append(maker.rate("self time", "ns/s", "self_ns"))
+        result.append(maker.rate("self", "ns/s", "self_ns"))
     return result
 
 
@@ -281,7 +281,7 @@ class _Maker:
         estimates = [_scaled(one, 1 / number) for one, number in zip((change.before, change.after), known, strict=True)]
         bounds = [None if one is None else one * scale for one in (change.ratio, change.low, change.high)]
         moved = self._test(self._resampled(PerSecond("count")), bounds[0], scale=scale, exact=True)
-        return [self._finish("calls per client", "1/s/client", estimates[0], estimates[1], bounds[0], moved)]
+        return [self._finish("calls/client", "1/s/client", estimates[0], estimates[1], bounds[0], moved)]
 
     def quantile(self, name: str, share: float) -> Change:
         """Return the change of a quantile of lengths."""
@@ -457,7 +457,8 @@ def _distribution(side: Side, subject: str) -> Distribution:
     return Distribution(points, count, short)
 
 
-def _run_summary(side: Side) -> list[RunSummary]:
+def run_summaries(side: Side) -> list[RunSummary]:
+    """Return the recordings of a side, as plain data."""
     return [
         RunSummary(
             run.path,
@@ -501,12 +502,12 @@ def _greatest(one: float | None, two: float) -> float:
     return two if one is None else max(one, two)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return plain data in which infinite numbers are None, as JSON has none."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

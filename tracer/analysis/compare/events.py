@@ -31,6 +31,14 @@ def occasions(time_ns: Ints, root: Ints) -> Ints:
     return rank[inverse.reshape(-1)] if len(time_ns) else np.zeros(0, np.int64)
 
 
+def storm_gap_ns(count: int, seconds: float) -> int:
+    """Return the gap that parts storms where so many events came in so long: less than a tenth of the usual one.
+
+    Where events come all the time, those close by chance are no storm.
+    """
+    return min(STORM_GAP_NS, int(seconds * 1e9 / (10 * max(count, 1))))
+
+
 def storms(time_ns: Ints, gap_ns: int = STORM_GAP_NS) -> Ints:
     """Return a number for each event, ascending in time: the same for those less than a gap after the one before."""
     return np.cumsum(np.diff(time_ns, prepend=time_ns[:1]) >= gap_ns).astype(np.int64)

@@ -57,6 +57,12 @@ def notes(comparison: Comparison, before: Side, after: Side) -> list[str]:
     unknown = [load.name for load in comparison.load if load.before is None or load.after is None]
     if unknown:
         found.append(f"not known whether the load was the same: {', '.join(unknown)}; INFO did not answer")
+    return found + silent_notes(before, after)
+
+
+def silent_notes(before: Side, after: Side) -> list[str]:
+    """Return why functions that fired before and not after are believed not to have been called."""
+    found = []
     for name in before.names:
         if before.hits(name) and name in after.names and not after.hits(name):
             reason = why_silent(after, name)
