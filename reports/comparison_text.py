@@ -57,6 +57,7 @@ def _run_cells(run: RunSummary) -> list[str]:
 
 def _subject(subject: str, changes: list[Change], confidence: float) -> list[Line]:
     table = table_of("", "before", "after", "change", f"{confidence:.0%} interval", "p", "n", first_left=True)
+    table.columns[0].no_wrap = True
     known = [change for change in changes if change.before.n or change.after.n]
     if not known:
         return [heading(subject), Padding(faint("nothing on either side"), INDENT)]
