@@ -17,7 +17,7 @@ import numpy.typing as npt
 from stallscope.probes.catalogue import Decoder
 from stallscope.tracer.capture.bpf import BpfMap, MappedArray, attach_raw_tracepoint, attach_uprobe
 from stallscope.tracer.capture.frames import has_left
-from stallscope.tracer.capture.loader import KPROBE, RAW_TRACEPOINT, Loader
+from stallscope.tracer.capture.loader import RAW_TRACEPOINT, UPROBE, Loader
 from stallscope.tracer.capture.ring import RingReader
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import EVENT, NO_STACK, UNFINISHED_NS, struct_dtype
@@ -171,7 +171,7 @@ class Program(LoadedPrograms):
             f"-DPROBE_ACCEPT={ACCEPT_PROBE}",
             *(f"-DSYS_{name}={number}" for name, number in numbers.items()),
         ]
-        programs = {name.format(call.probe): KPROBE for call in calls for name in (_ENTER, _RETURN)}
+        programs = {name.format(call.probe): UPROBE for call in calls for name in (_ENTER, _RETURN)}
         maps = ["calls_in_progress"]
         if loop:
             programs |= {f"loop_{tracepoint}": RAW_TRACEPOINT for tracepoint in _LOOP_TRACEPOINTS}
