@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from stallscope.tracer.capture.cost import CALIBRATION_PROBE
 from stallscope.tracer.capture.listener import listener_probes, may_be_hooked, plan_listener
 from stallscope.tracer.capture.listener_program import LISTENER_PROBES, ListenerProgram
 from stallscope.tracer.capture.loader import Loader
+from stallscope.tracer.capture.on_demand import OnDemand, Place
 from stallscope.tracer.capture.program import (
     ACCEPT_PROBE,
     COUNTER_PROBE,
@@ -59,6 +61,7 @@ class TraceOptions:
         min_duration_ns: calls shorter than this are counted in the kernel, not recorded.
         stall_ns: event loop iterations shorter than this are counted, not recorded.
         ring_bytes: size of each ring buffer, a power of two.
+        on_demand: those of the functions that are attached only while detail is wanted.
     """
 
     functions: Sequence[str]
@@ -66,6 +69,7 @@ class TraceOptions:
     stall_ns: int
     sample_ns: int
     ring_bytes: int
+    on_demand: frozenset[str] = frozenset()
 
 
 def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
@@ -76,8 +80,8 @@ def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
 class TracedSet:
     """All traced processes, the probes on them, and the programs that run there.
 
-    Probe ids are given once and never reused: after a restart with another binary the same function has
-    a new id, because its arguments may lie elsewhere.
+    After a restart with another binary the same function has a new id, because its arguments may lie
+    elsewhere. An id is used again only when ``retire`` let go of the binary it was for.
     """
 
     def __init__(self, options: TraceOptions) -> None:
@@ -95,7 +99,11 @@ class TracedSet:
         self._owner: dict[int, Program] = {}
         self._ids: dict[tuple[str, int, Decoder], int] = {}
         self._handles: dict[int, list[tuple[Program, int]]] = {}
-        self._plans: dict[int, list[tuple[int, Decoder, Attachment]]] = {}
+        self._plans: dict[int, list[Place]] = {}
+        self._used_ns: dict[int, int] = {}
+        self._preparing: set[int] = set()
+        self._lock = threading.Lock()
+        self.on_demand = OnDemand(self._owner_of)
 
     @property
     def base(self) -> Program:
@@ -107,15 +115,24 @@ class TracedSet:
     def prepare(self, targets: Sequence[Target]) -> None:
         """Find the functions in these processes and compile and load what they need; nothing is attached.
 
+        It takes a second where there is something new to compile, and may be called in a thread of its own.
+
         Raises:
             SurroundingsError: bcc is missing or cannot compile here, or a process has nothing to trace; says why.
             SymbolError: a binary cannot be read.
         """
-        for target in targets:
-            self._plans[target.pid] = self._plan(target)
-        places = [place for target in targets for place in self._plans[target.pid]]
-        calls = [CallProbe(probe, decoder) for probe, decoder, _ in places if probe not in self._owner]
-        self._compile(list(dict.fromkeys(calls)))
+        found = {target.pid: self._resolve(target) for target in targets}
+        with self._lock:
+            plans = {target.pid: self._plan(target, found[target.pid]) for target in targets}
+            places = [place for plan in plans.values() for place in plan]
+            calls = [CallProbe(place.probe, place.decoder) for place in places if place.probe not in self._owner]
+            self._preparing |= {place.probe for place in places}
+        try:
+            self._compile(list(dict.fromkeys(calls)))
+        except StallscopeError:
+            self._preparing -= {place.probe for place in places}
+            raise
+        self._plans |= plans
 
     def attach_listener(self) -> None:
         """Hook the kernel's side of the listeners, once, as far as this kernel allows; a note says what it does not."""
@@ -170,12 +187,33 @@ class TracedSet:
 
     def remove(self, pid: int) -> None:
         """Let go of a process that has ended (or is to be left alone)."""
-        for program, handle in self._handles.pop(pid, []):
-            program.detach(handle)
+        self.on_demand.remove(pid, self._handles.pop(pid, []))
         self.base.unwatch_loop(pid)
         target = self.targets.pop(pid, None)
         if target is not None:
             target.close()
+
+    def retire(self, now_ns: int, after_ns: int) -> None:
+        """Free the programs of binaries that no process has executed for so long, and their probe ids.
+
+        The caller makes sure that no row with these ids is of use any more.
+        """
+        with self._lock:
+            in_use = {probe for info in self.probes if set(info.pids) & self.targets.keys() for probe in [info.id]}
+            in_use |= self._preparing
+            for program in self._programs[1:]:
+                mine = {probe for probe, owner in self._owner.items() if owner is program}
+                if not isinstance(program, Program) or mine & in_use:
+                    self._used_ns[id(program)] = now_ns
+                    continue
+                if now_ns - self._used_ns.setdefault(id(program), now_ns) < after_ns or self.on_demand.is_detaching:
+                    continue
+                self._used_ns.pop(id(program))
+                self._programs.remove(program)
+                self._owner = {probe: owner for probe, owner in self._owner.items() if owner is not program}
+                self._ids = {key: probe for key, probe in self._ids.items() if probe not in mine}
+                self.probes = [info for info in self.probes if info.id not in mine]
+                program.close()
 
     def note(self, text: str) -> None:
         """Keep something the reader of the recording must know."""
@@ -184,11 +222,11 @@ class TracedSet:
     @property
     def is_filling(self) -> bool:
         """Return whether a ring buffer is a quarter full and should be read before its time."""
-        return any(program.ring.waiting_bytes * 4 > self.options.ring_bytes for program in self._programs)
+        return any(program.ring.waiting_bytes * 4 > self.options.ring_bytes for program in tuple(self._programs))
 
     def read(self) -> npt.NDArray[np.void]:
         """Return all waiting records (dtype ``EVENT``)."""
-        events = joined_events([program.ring.read() for program in self._programs])
+        events = joined_events([program.ring.read() for program in tuple(self._programs)])
         calibration = events["probe"] == CALIBRATION_PROBE
         return events[~calibration] if calibration.any() else events
 
@@ -196,8 +234,9 @@ class TracedSet:
         """Return the in-kernel counters of every function, the event loop and accept."""
         loop = (ITERATION_PROBE, ACCEPT_PROBE) if self.loop_attached else ()
         totals = self.base.counters(loop)
-        for program in self._programs:
-            totals |= program.counters(probe for probe, owner in self._owner.items() if owner is program)
+        owners = self._owner  # replaced as a whole, never changed
+        for program in tuple(self._programs):
+            totals |= program.counters(probe for probe, owner in owners.items() if owner is program)
         if self._listener is not None:
             totals |= self._listener.counters(LISTENER_PROBES)
         return totals
@@ -230,6 +269,7 @@ class TracedSet:
             if loader is not None:
                 loader.close()
         self._loader = self._listener_loader = None
+        self.on_demand.close()
         for program in self._programs:
             program.close()
         self._programs.clear()
@@ -237,34 +277,43 @@ class TracedSet:
             target.close()
         self.targets.clear()
 
-    def _plan(self, target: Target) -> list[tuple[int, Decoder, Attachment]]:
-        """Return (probe id, decoder, place) for each place to attach to in a process; raises if there is none."""
-        plan: dict[tuple[str, int], tuple[int, Decoder, Attachment]] = {}
+    def _owner_of(self, probe: int) -> Program | None:
+        return self._owner.get(probe)
+
+    def _resolve(self, target: Target) -> list[Resolution]:
+        """Return where each function is in a process; raises if none is there."""
         resolutions = resolve(target.image, self.options.functions, redis_version=target.version or None)
         if not any(resolution.attachments for resolution in resolutions):
             raise SurroundingsError(f"nothing to trace in process {target.pid} ({target.exe}): {resolutions[0].reason}")
-        for resolution in resolutions:
+        return resolutions
+
+    def _plan(self, target: Target, resolutions: Sequence[Resolution]) -> list[Place]:
+        """Return the places to probe in a process; one that several functions share is on demand only if all are."""
+        plan: dict[tuple[str, int], Place] = {}
+        for function, resolution in zip(self.options.functions, resolutions, strict=True):
+            on_demand = function in self.options.on_demand
             if not resolution.attachments:
                 self.note(f"{resolution.function} is not traced in process {target.pid}: {resolution.reason}")
             for attachment in resolution.attachments:
                 place = (attachment.path, attachment.offset)
                 if place in plan:
-                    self._describe(plan[place][0], also=resolution)
+                    self._describe(plan[place].probe, also=resolution)
+                    plan[place] = replace(plan[place], on_demand=plan[place].on_demand and on_demand)
                     continue
                 probe = self._probe_id(target, resolution, attachment)
-                plan[place] = (probe, resolution.decoder, attachment)
+                plan[place] = Place(probe, resolution.decoder, attachment, on_demand)
         return list(plan.values())
 
     def _probe_id(self, target: Target, resolution: Resolution, attachment: Attachment) -> int:
         key = (_identity(attachment), attachment.offset, resolution.decoder)
         probe = self._ids.get(key)
         if probe is None:
-            probe = FIRST_CALL_PROBE + len(self._ids)
-            if probe >= CALIBRATION_PROBE:
+            free = set(range(FIRST_CALL_PROBE, CALIBRATION_PROBE)) - set(self._ids.values())
+            if not free:
                 raise SurroundingsError(
                     f"more than {CALIBRATION_PROBE - FIRST_CALL_PROBE} probes; trace fewer functions or servers"
                 )
-            self._ids[key] = probe
+            probe = self._ids[key] = min(free)
             info = ProbeInfo(
                 probe, resolution.function, CALL, "uprobe", resolution.decoder.fields, attachment.symbol,
                 resolution.library or target.exe, attachment.build_id, resolution.reason,
@@ -294,7 +343,7 @@ class TracedSet:
         )
         self._loader = None
         self._programs.append(program)
-        self._owner |= {call.probe: program for call in calls}
+        self._owner = self._owner | {call.probe: program for call in calls}
         if first:
             try:
                 program.attach_loop()
@@ -302,26 +351,32 @@ class TracedSet:
             except SurroundingsError as error:
                 self.note(f"event loop iterations are not measured: {error}")
 
-    def _attach(self, target: Target, plan: Sequence[tuple[int, Decoder, Attachment]]) -> None:
+    def _attach(self, target: Target, plan: Sequence[Place]) -> None:
         failures: list[StallscopeError] = []
         handles = self._handles.setdefault(target.pid, [])
-        for probe, _, attachment in plan:
-            program = self._owner[probe]
+        for place in plan:
+            program, attachment = self._owner[place.probe], place.attachment
             try:
-                handles += [
-                    (program, h) for h in program.attach_call(probe, attachment.path, attachment.offset, target.pid)
-                ]
+                if not place.on_demand:
+                    handles += [
+                        (program, handle)
+                        for handle in program.attach_call(place.probe, attachment.path, attachment.offset, target.pid)
+                    ]
             except SurroundingsError as error:
                 failures.append(error)
                 self.note(str(error))
                 continue
-            index = next(index for index, info in enumerate(self.probes) if info.id == probe)
-            if target.pid not in self.probes[index].pids:
-                self.probes[index] = replace(self.probes[index], pids=(*self.probes[index].pids, target.pid))
+            with self._lock:
+                index = next(index for index, info in enumerate(self.probes) if info.id == place.probe)
+                if target.pid not in self.probes[index].pids:
+                    self.probes[index] = replace(self.probes[index], pids=(*self.probes[index].pids, target.pid))
         if not handles and failures:
             raise failures[0]
         self.base.watch_loop(target.pid)
         self.targets[target.pid] = target
+        for text in self.on_demand.add(target.pid, [place for place in plan if place.on_demand]):
+            self.note(text)
+        self._preparing -= {place.probe for place in plan}
 
 
 def _identity(attachment: Attachment) -> str:
