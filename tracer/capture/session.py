@@ -142,6 +142,7 @@ class Session:
         if now_ns >= self._next_search:
             self._next_search = now_ns + _SEARCH_NS
             self._follow_targets()
+            self._traced.keep_loop_whole()
         return rows
 
     def counters(self, now_ns: int) -> dict[int, ProbeCounters]:
@@ -196,7 +197,7 @@ class Session:
             sample_ns=options.sample_ns,
             rungs={
                 "functions": "uprobe",
-                "event loop": "raw tracepoint" if self._traced.loop_attached else "not measured",
+                "event loop": self._traced.loop_rung or "not measured",
                 "accept queue": sampled,
                 "overflows": self._traced.listener_rung or sampled.replace("sock_diag, ", "") + ", not per event",
             },

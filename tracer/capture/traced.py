@@ -16,6 +16,7 @@ from stallscope.probes.catalogue import Decoder, Field
 from stallscope.tracer.capture.backlog import COUNTER_FIELDS, QUEUE_FIELDS
 from stallscope.tracer.capture.binary import Attachment
 from stallscope.tracer.capture.cost import CALIBRATION_PROBE
+from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG, plan_loop
 from stallscope.tracer.capture.listener import listener_probes, may_be_hooked, plan_listener
 from stallscope.tracer.capture.listener_program import LISTENER_PROBES, ListenerProgram
 from stallscope.tracer.capture.loader import Loader
@@ -82,6 +83,9 @@ class TracedSet:
 
     After a restart with another binary the same function has a new id, because its arguments may lie
     elsewhere. An id is used again only when ``retire`` let go of the binary it was for.
+
+    Attributes:
+        loop_rung: how event loops are seen: ``fentry``, ``kprobe``, ``raw tracepoint``, or "" for not at all.
     """
 
     def __init__(self, options: TraceOptions) -> None:
@@ -90,7 +94,7 @@ class TracedSet:
         self.targets: dict[int, Target] = {}
         self.notes: list[Note] = []
         self.probes: list[ProbeInfo] = _fixed_probes(options)
-        self.loop_attached = False
+        self.loop_rung = ""
         self._loader: Loader | None = Loader()
         self._listener_loader: Loader | None = Loader() if may_be_hooked() else None
         self._is_listener_planned = False
@@ -215,6 +219,17 @@ class TracedSet:
                 self.probes = [info for info in self.probes if info.id not in mine]
                 program.close()
 
+    def keep_loop_whole(self) -> None:
+        """See event loops by raw tracepoints once kprobes missed something (``Program.keep_loop_whole``)."""
+        try:
+            if not self.base.keep_loop_whole():
+                return
+        except SurroundingsError as error:
+            self.note(f"event loop iterations are not measured any more: {error}")
+            return
+        self.note(f"kprobes missed system calls of an event loop: from here on it is seen by {TRACEPOINT_RUNG}s")
+        self._set_loop_rung(f"{self.loop_rung}, then {TRACEPOINT_RUNG}")
+
     def note(self, text: str) -> None:
         """Keep something the reader of the recording must know."""
         self.notes.append(Note(time.monotonic_ns(), text))
@@ -232,7 +247,7 @@ class TracedSet:
 
     def counters(self) -> dict[int, ProbeCounters]:
         """Return the in-kernel counters of every function, the event loop and accept."""
-        loop = (ITERATION_PROBE, ACCEPT_PROBE) if self.loop_attached else ()
+        loop = (ITERATION_PROBE, ACCEPT_PROBE) if self.loop_rung else ()
         totals = self.base.counters(loop)
         owners = self._owner  # replaced as a whole, never changed
         for program in tuple(self._programs):
@@ -339,6 +354,7 @@ class TracedSet:
             min_duration_ns=self.options.min_duration_ns,
             iteration_min_ns=self.options.stall_ns,
             loop=first,
+            loop_plan=plan_loop() if first else None,
             loader=self._loader,
         )
         self._loader = None
@@ -347,9 +363,16 @@ class TracedSet:
         if first:
             try:
                 program.attach_loop()
-                self.loop_attached = True
             except SurroundingsError as error:
                 self.note(f"event loop iterations are not measured: {error}")
+                return
+            if program.loop_failure:
+                self.note(f"event loops are seen by {program.loop_rung}: {program.loop_failure}")
+            self._set_loop_rung(program.loop_rung)
+
+    def _set_loop_rung(self, rung: str) -> None:
+        self.loop_rung = rung
+        self.probes = [replace(info, rung=rung) if info.kind in (ITERATION, ACCEPT) else info for info in self.probes]
 
     def _attach(self, target: Target, plan: Sequence[Place]) -> None:
         failures: list[StallscopeError] = []
@@ -390,8 +413,8 @@ def _identity(attachment: Attachment) -> str:
 def _fixed_probes(options: TraceOptions) -> list[ProbeInfo]:
     sampled = f"sampled every {format_duration_ns(options.sample_ns)}"
     return [
-        ProbeInfo(ITERATION_PROBE, "event loop iteration", ITERATION, "raw tracepoint", ITERATION_FIELDS),
-        ProbeInfo(ACCEPT_PROBE, "accept", ACCEPT, "raw tracepoint", ACCEPT_FIELDS),
+        ProbeInfo(ITERATION_PROBE, "event loop iteration", ITERATION, TRACEPOINT_RUNG, ITERATION_FIELDS),
+        ProbeInfo(ACCEPT_PROBE, "accept", ACCEPT, TRACEPOINT_RUNG, ACCEPT_FIELDS),
         ProbeInfo(QUEUE_PROBE, "accept queue", QUEUE, f"sock_diag, {sampled}", QUEUE_FIELDS),
         ProbeInfo(COUNTER_PROBE, "kernel counter", COUNTER, f"/proc/PID/net/netstat, {sampled}", COUNTER_FIELDS),
     ]
