@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import doctor, export, imports, probes, record, report, summary
+from stallscope.tracer.commands import doctor, export, imports, probes, record, report, summary, watch
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -29,6 +29,7 @@ def cli() -> None:
 
 for _command in (
     record.record,
+    watch.watch,
     summary.summary,
     report.report,
     export.export,

@@ -216,12 +216,17 @@ def _is_whole(reply: bytes) -> bool:
     return True
 
 
+def looks_like_redis(name: str) -> bool:
+    """Return whether a process or file of this name may be a server; its binary decides."""
+    return _LOOKS_LIKE_REDIS.search(name) is not None
+
+
 def _redis_like_pids() -> Iterator[int]:
     import psutil  # only a search by port needs it
 
     for process in psutil.process_iter(["pid", "name", "exe"]):
         names = (process.info["name"] or "", Path(process.info["exe"] or "").name)
-        if any(_LOOKS_LIKE_REDIS.search(name) for name in names):
+        if any(map(looks_like_redis, names)):
             yield process.info["pid"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +35,7 @@ from stallscope.tracer.capture.program import (
 from stallscope.tracer.capture.redis_target import Target
 from stallscope.tracer.capture.symbols import Resolution, resolve
 from stallscope.tracer.errors import StallscopeError, SurroundingsError
+from stallscope.tracer.layout import NO_STACK, UNFINISHED_NS
 from stallscope.tracer.manifest import (
     ACCEPT,
     CALL,
@@ -197,12 +198,38 @@ class TracedSet:
         if target is not None:
             target.close()
 
-    def retire(self, now_ns: int, after_ns: int) -> None:
+    def calls_under_way(self) -> npt.NDArray[np.void]:
+        """Return the calls that were entered and have not returned (dtype ``EVENT``), also those left by longjmp."""
+        return joined_events([part.calls_under_way() for part in tuple(self._programs) if isinstance(part, Program)])
+
+    def last_calls(self, pid: int) -> npt.NDArray[np.void]:
+        """Return the calls that a process was in when it ended (dtype ``EVENT``, unfinished), and forget them."""
+        calls = self.calls_under_way()
+        calls = calls[calls["pid"] == pid].copy()
+        calls["duration_ns"], calls["stack"] = UNFINISHED_NS, NO_STACK
+        for program in tuple(self._programs):
+            if isinstance(program, Program) and len(calls):
+                program.forget_calls(set(calls["probe"].tolist()), pid)
+        return calls
+
+    def unfinished(self, now_ns: int) -> npt.NDArray[np.void]:
+        """Return the spans that are under way now (dtype ``EVENT``, unfinished)."""
+        spans = [part.unfinished()[0] for part in tuple(self._programs) if isinstance(part, Program)]
+        return _under_way(np.concatenate(spans), now_ns, self.options.stall_ns)[0]
+
+    def retire(self, now_ns: int, after_ns: int, known_pids: Collection[int]) -> None:
         """Free the programs of binaries that no process has executed for so long, and their probe ids.
 
         The caller makes sure that no row with these ids is of use any more.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC. after_ns: how long.
+            known_pids: processes whose names a recording may still need; others are forgotten.
         """
         with self._lock:
+            self.probes = [
+                replace(info, pids=tuple(pid for pid in info.pids if pid in known_pids)) for info in self.probes
+            ]
             in_use = {probe for info in self.probes if set(info.pids) & self.targets.keys() for probe in [info.id]}
             in_use |= self._preparing
             for program in self._programs[1:]:
