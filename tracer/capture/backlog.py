@@ -135,14 +135,18 @@ class SockDiag:
         self._socket.close()
 
 
-def socket_inodes(pid: int) -> set[int]:
-    """Return the inodes of the sockets a process holds open; empty when it is gone."""
+def socket_inodes(pid: int, below: int = 0) -> set[int]:
+    """Return the inodes of the sockets a process holds open; empty when it is gone.
+
+    Args:
+        pid: the process. below: only of descriptors with smaller numbers than this, 0: all.
+    """
     inodes: set[int] = set()
     try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
-            names = [entry.path for entry in entries]
+        numbers = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
     except OSError:
         return inodes
+    names = [f"/proc/{pid}/fd/{number}" for number in numbers if not below or number < below]
     for name in names:
         try:
             match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(name))

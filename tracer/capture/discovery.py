@@ -8,11 +8,13 @@ from pathlib import Path
 
 from stallscope.tracer.capture.redis_target import listening_ports, looks_like_redis
 
-YOUNG_NS = 10_000_000_000
-"""A process may still execute another program, or not listen yet, for so long after it was first seen."""
+SOONEST_NS = 500_000_000
+LATEST_NS = 60_000_000_000
+"""How long until a process is looked at again: it may still execute another program, or not listen yet. The longer
+it has been there, the rarer; and a number may have gone to another process meanwhile."""
 
-AGAIN_NS = 60_000_000_000
-"""After so long everything is looked at again: a number may have gone to another process meanwhile."""
+_LISTENERS_BELOW = 256
+"""A server opens its listeners before it has clients, of which it may have thousands."""
 
 
 @dataclass(frozen=True)
@@ -24,35 +26,32 @@ class Candidate:
 
 
 class Discovery:
-    """Remembers which processes are no servers."""
+    """Remembers when each process is worth the next look."""
 
     def __init__(self) -> None:
-        self._first_seen_ns: dict[int, int] = {}
-        self._dismissed: set[int] = set()
-        self._again_ns = 0
+        self._first_ns: dict[int, int] = {}
+        self._next_ns: dict[int, int] = {}
 
     def look(self, now_ns: int, known: frozenset[int]) -> list[Candidate]:
-        """Return the servers that are not among the known ones; lowest pid first.
+        """Return the servers that are not among the known ones, as far as it was time to look; lowest pid first.
 
         Args:
             now_ns: CLOCK_MONOTONIC.
             known: processes that are traced, or were found before, and their children with them: a server that
                 saves itself has the sockets of its parent for a moment.
         """
-        if now_ns >= self._again_ns:
-            self._again_ns = now_ns + AGAIN_NS
-            self._dismissed.clear()
         pids = {int(name) for name in os.listdir("/proc") if name.isdigit()}
-        self._dismissed &= pids
-        for pid in self._first_seen_ns.keys() - pids:
-            del self._first_seen_ns[pid]
+        for pid in self._first_ns.keys() - pids:
+            del self._first_ns[pid], self._next_ns[pid]
         found = []
-        for pid in sorted(pids - self._dismissed - known):
+        for pid in sorted(pids - known):
+            if now_ns < self._next_ns.get(pid, 0):
+                continue
+            age_ns = now_ns - self._first_ns.setdefault(pid, now_ns)
+            self._next_ns[pid] = now_ns + min(max(age_ns // 2, SOONEST_NS), LATEST_NS)
             candidate = _candidate(pid, known)
             if candidate is not None:
                 found.append(candidate)
-            elif now_ns - self._first_seen_ns.setdefault(pid, now_ns) >= YOUNG_NS:
-                self._dismissed.add(pid)
         return found
 
 
@@ -64,7 +63,7 @@ def _candidate(pid: int, known: frozenset[int]) -> Candidate | None:
         return None
     if not (looks_like_redis(name) or looks_like_redis(Path(exe).name)) or _parent(pid) in known:
         return None
-    ports = listening_ports(pid)
+    ports = listening_ports(pid, _LISTENERS_BELOW)
     return Candidate(pid, frozenset(ports)) if ports else None
 
 

@@ -152,9 +152,13 @@ def find_by_port(port: int) -> list[int]:
     return pids
 
 
-def listening_ports(pid: int) -> set[int]:
-    """Return the TCP ports a process listens on; empty when it is gone or may not be looked at."""
-    owned = socket_inodes(pid)
+def listening_ports(pid: int, below: int = 0) -> set[int]:
+    """Return the TCP ports a process listens on; empty when it is gone or may not be looked at.
+
+    Args:
+        pid: the process. below: look only at descriptors with smaller numbers than this, 0: at all.
+    """
+    owned = socket_inodes(pid, below)
     try:
         diag = SockDiag(pid)
     except SurroundingsError:

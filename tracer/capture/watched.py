@@ -101,9 +101,11 @@ class WatchedSession(Session):
         ended, self._rows_of_ended = self._rows_of_ended, []
         return [*rows, *ended]
 
-    def under_way(self) -> list[UnderWay]:
-        """Return the event loop iterations and calls that have begun and not ended."""
+    def under_way(self, *, calls_too: bool) -> list[UnderWay]:
+        """Return the event loop iterations, and calls if wanted, that have begun and not ended."""
         spans = [UnderWay(tid, start_ns, tid) for tid, start_ns in self._traced.base.iterations_under_way()]
+        if not calls_too:
+            return spans
         calls = self._traced.calls_under_way()
         return [
             *spans,

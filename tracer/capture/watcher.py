@@ -31,7 +31,7 @@ from stallscope.tracer.watch.captures import (
 )
 from stallscope.tracer.watch.folder import CaptureFolder
 from stallscope.tracer.watch.preroll import Boundary, Preroll
-from stallscope.tracer.watch.triggers import Firing, Trigger, TriggerState
+from stallscope.tracer.watch.triggers import Firing, Trigger, TriggerState, functions_of
 
 CHUNK_NS = 500_000_000
 """How often the counters are read; a capture begins at such a moment."""
@@ -134,6 +134,7 @@ class Watcher:
         self._preroll = Preroll(options.captures.before_ns, options.memory_bytes, begin)
         self._captures = Captures(options.captures, self._folder, self._preroll)
         self._triggers = TriggerState(options.triggers)
+        self._needs_calls = bool(functions_of(options.triggers))
         self._manifest = self._session.manifest()
         self._details: list[DetailInfo] = []
         self._is_detail_wanted = options.detail == ALWAYS
@@ -178,7 +179,9 @@ class Watcher:
         now_ns = time.monotonic_ns()
         rows = [part for part in self._session.poll(now_ns) if len(part)]
         events = joined_events(rows) if rows else _NO_EVENTS
-        firings = self._triggers.observe(events, now_ns, self._session.under_way(), self._lost)
+        firings = self._triggers.observe(
+            events, now_ns, self._session.under_way(calls_too=self._needs_calls), self._lost
+        )
         if firings:
             self._attach_for(firings, now_ns)
         self._captures.add(events)

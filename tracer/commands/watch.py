@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--detail", type=click.Choice(["on-trigger", "always", "never"]), default="on-trigger",
               show_default=True, help="When the detail probes are attached.")  # fmt: skip
 @click.option("--stall", type=DURATION, default="10ms", show_default=True, help="Record iterations at least this long.")
-@click.option("--sample", type=DURATION, default="10ms", show_default=True, help="Interval of the queue samples.")
+@click.option("--sample", type=DURATION, default="20ms", show_default=True, help="Interval of the queue samples.")
 @click.option("--ring-size", type=SIZE, default="8M", show_default=True, help="Ring buffer between kernel and us.")
 def watch(
     pids: tuple[int, ...], ports: tuple[int, ...], all_redis: bool, triggers: tuple[str, ...], before: int, after: int,

@@ -323,8 +323,10 @@ class TriggerState:
         for index, trigger in enumerate(self.triggers):
             if trigger.quantity in _SPANS:
                 firings += self._running(index, trigger, under_way, now_ns)
-                firings += self._ended(index, trigger, events)
-        firings += self._sampled(events)
+                if len(events):
+                    firings += self._ended(index, trigger, events)
+        if len(events):
+            firings += self._sampled(events)
         for index, trigger in enumerate(self.triggers):
             if trigger.quantity == BACKLOG:
                 firings += self._lasting(index, trigger, now_ns)
