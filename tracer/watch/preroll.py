@@ -208,8 +208,8 @@ class Preroll:
         for row in events[np.isin(events["probe"], np.array(list(self._keys), np.uint16))]:
             probe = int(row["probe"])
             values = row["value"].tolist()
-            key = (values[slot] >> shift & (1 << bits) - 1 for slot, shift, bits in self._keys[probe])
-            self._samples[(probe, *key)] = row
+            subject = [values[slot] >> shift & (1 << bits) - 1 for slot, shift, bits in self._keys[probe]]
+            self._samples[(probe, *subject)] = row
         for key in [key for key, row in self._samples.items() if int(row["start_ns"]) < now_ns - _STALE_NS]:
             del self._samples[key]
         self._samples_now = empty_events(len(self._samples))
