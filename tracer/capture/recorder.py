@@ -1,96 +1,36 @@
-"""One recording from start to end: attach, poll, sample, write, follow restarts, finish properly."""
+"""One recording from start to end: a session of traced servers, written to a file."""
 
 from __future__ import annotations
 
-import os
-import platform
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from stallscope.tracer.capture.backlog import BacklogSampler
-from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_call_ns, own_cpu_ns
-from stallscope.tracer.capture.listener_program import COUNTED
-from stallscope.tracer.capture.namespace import COUNTER_NAMES
-from stallscope.tracer.capture.preflight import require_capture
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
-from stallscope.tracer.capture.reconcile import Moment, take_moment, with_end
-from stallscope.tracer.capture.redis_target import (
-    Target,
-    find_by_port,
-    listening_ports,
-    open_target,
-    pids_listening_on,
-    server_information,
-)
-from stallscope.tracer.capture.traced import TracedSet, TraceOptions
-from stallscope.tracer.errors import StallscopeError, TargetError
-from stallscope.tracer.layout import UNFINISHED_NS
-from stallscope.tracer.manifest import Counters, Manifest, NamespaceInfo, ProbeCounters, TargetInfo
+from stallscope.tracer.capture.session import Progress, Session, SessionOptions
+from stallscope.tracer.manifest import Counters, Manifest
 from stallscope.tracer.recording import RecordingWriter, empty_events, joined_events
 
 FLUSH_NS = 500_000_000
 """Rows and counters are written at least this often, so a file that is cut short lacks less than a second."""
 
 FLUSH_ROWS = 32_768
-READ_NS = 50_000_000
-"""How often waiting records are fetched; nobody is woken for them."""
-
-_SEARCH_NS = 250_000_000
-"""How often a server that went away is looked for again on its port."""
 
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """What to record and for how long.
+    """What to record, where to, and for how long.
 
     Attributes:
-        pids: processes to trace; ports: ports whose servers to trace, found again when they restart.
         duration_ns: 0 records until it is stopped.
-        any_program: accept processes that are no Redis server.
-        password: for INFO, "" for none.
-        command: the command line, kept in the recording.
     """
 
-    pids: tuple[int, ...]
-    ports: tuple[int, ...]
+    session: SessionOptions
     output: Path
-    trace: TraceOptions
     duration_ns: int = 0
-    any_program: bool = False
-    password: str = ""
-    command: tuple[str, ...] = ()
-
-
-@dataclass
-class Progress:
-    """What a progress line shows; updated once a second.
-
-    Attributes:
-        elapsed_ns: since the recording began.
-        calls: calls recorded or counted; stalls: iterations over the threshold.
-        longest_stall_ns: 0 while there was none; a stall under way counts.
-        overflows: ListenOverflows since the start, of all namespaces watched.
-        hits: calls, iterations and accepts seen; lost: those of them that could not be kept.
-        traced_share: estimated share of time the probes took from the traced processes.
-        own_share: CPU share of this process.
-    """
-
-    elapsed_ns: int = 0
-    calls: int = 0
-    stalls: int = 0
-    longest_stall_ns: int = 0
-    overflows: int = 0
-    lost: int = 0
-    hits: int = 0
-    traced_share: float = 0.0
-    own_share: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
 
 class Recorder:
@@ -102,31 +42,20 @@ class Recorder:
         Raises:
             SurroundingsError: this machine, process or binary cannot be traced; nothing stays attached.
         """
-        require_capture()
         self.options = options
-        self.progress = Progress()
         self._is_stopped = False
         self._ended_by = ""
-        self._wanted_ports: set[int] = set()
-        self._targets: dict[int, TargetInfo] = {}
-        self._port_of: dict[int, int] = {}
-        self._call_cost_ns = self._system_call_cost_ns = 0.0
-        self._listeners_watched = 0
-        self._starts: dict[int, Moment] = {}
-        self._rows = np.zeros(MAX_PROBES, np.int64)
-        self._traced = TracedSet(options.trace)
-        self._sampler = BacklogSampler()
-        try:
-            before_ns = measure_system_call_ns()
-            self._started_ns = self._add(self._open_all())
-            self.attached_ns = time.monotonic_ns()
-            self._wall_offset_ns = time.time_ns() - self.attached_ns
-            self._cpu_ns = own_cpu_ns()
-            self._system_call_cost_ns = max(measure_system_call_ns() - before_ns, 0.0)
-            self._call_cost_ns = measure_call_cost_ns(self._traced.base)
-        except BaseException:
-            self.close()
-            raise
+        self._session = Session(options.session)
+
+    @property
+    def attached_ns(self) -> int:
+        """When all probes were attached, CLOCK_MONOTONIC."""
+        return self._session.attached_ns
+
+    @property
+    def progress(self) -> Progress:
+        """What a progress line shows."""
+        return self._session.progress
 
     def stop(self, reason: str) -> None:
         """Ask ``run`` to finish; safe from a signal handler.
@@ -149,7 +78,7 @@ class Recorder:
         Raises:
             StallscopeError: the file cannot be written; what was written before stays readable.
         """
-        with RecordingWriter(self.options.output, self._manifest()) as writer:
+        with RecordingWriter(self.options.output, self._session.manifest()) as writer:
             try:
                 return self._record(writer, on_progress)
             finally:
@@ -157,284 +86,44 @@ class Recorder:
 
     def close(self) -> None:
         """Detach and free everything; may be called more than once."""
-        self._traced.close()
-        self._sampler.close()
+        self._session.close()
 
     def _record(self, writer: RecordingWriter, on_progress: Callable[[Progress], None]) -> Manifest:
-        sample_ns = self.options.trace.sample_ns
+        session = self._session
         pending: list[npt.NDArray[np.void]] = []
-        next_sample = next_search = next_read = time.monotonic_ns()
-        next_flush = self._started_ns + FLUSH_NS
+        next_flush = session.started_ns + FLUSH_NS
         shown = 0
-        last = self._manifest()
+        last = session.manifest()
         writer.write(empty_events())  # the manifest is in the file before anything can end us
         while not self._is_over(time.monotonic_ns()):
-            time.sleep(max(min(next_sample, next_read) - time.monotonic_ns(), 0) / 1e9)
+            time.sleep(max(session.due_ns - time.monotonic_ns(), 0) / 1e9)
             now_ns = time.monotonic_ns()
-            if now_ns >= next_sample:
-                next_sample = max(next_sample + sample_ns, now_ns)
-                pending.append(self._sampler.sample(now_ns))
-                self._follow_listeners()
-            if now_ns >= next_read or self._traced.is_filling:
-                next_read = now_ns + READ_NS
-                pending.append(self._look_at(self._traced.read()))
-            if now_ns >= next_search:
-                next_search = now_ns + _SEARCH_NS
-                self._follow_targets()
+            pending += session.poll(now_ns)
             if now_ns >= next_flush or sum(map(len, pending)) >= FLUSH_ROWS:
                 next_flush = now_ns + FLUSH_NS
-                manifest = self._manifest()
+                manifest = session.manifest()
                 writer.write(
                     joined_events(pending),
-                    Counters(now_ns, self._counters(now_ns)),
+                    Counters(now_ns, session.counters(now_ns)),
                     None if manifest == last else manifest,
                 )
                 pending.clear()
                 last = manifest
-                if (now_ns - self._started_ns) // 1_000_000_000 > shown:
-                    shown = (now_ns - self._started_ns) // 1_000_000_000
-                    on_progress(self.progress)
-        return self._finish(writer, pending, on_progress)
-
-    def _finish(
-        self,
-        writer: RecordingWriter,
-        pending: list[npt.NDArray[np.void]],
-        on_progress: Callable[[Progress], None],
-    ) -> Manifest:
-        self._ask_servers("_end")
-        used_ns = own_cpu_ns() - self._cpu_ns
-        # the last sample, the kernel's counters and ours at one moment: detaching takes tenths of a second
-        pending.append(self._sampler.sample(time.monotonic_ns()))
-        namespaces = self._finished_namespaces()
-        ended_ns, unfinished, counters = self._traced.stop()
-        missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
-        counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
-        pending += [counted, _without(unfinished, counted)]
-        self._show(counters, ended_ns)
-        manifest = replace(
-            self._manifest(),
-            namespaces=namespaces,
-            ended_ns=ended_ns,
-            wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
-            ended_by=self._ended_by,
-            cost=self._cost(counters, ended_ns, used_ns),
-        )
-        writer.finish(joined_events(pending), Counters(ended_ns, counters), manifest)
-        on_progress(self.progress)
+                if (now_ns - session.started_ns) // 1_000_000_000 > shown:
+                    shown = (now_ns - session.started_ns) // 1_000_000_000
+                    on_progress(session.progress)
+        rows, counters, manifest = session.finish(self._ended_by)
+        writer.finish(joined_events([*pending, rows]), Counters(manifest.ended_ns, counters), manifest)
+        on_progress(session.progress)
         return manifest
-
-    def _moment(self) -> Moment:
-        def kernel() -> dict[int, dict[str, int]]:
-            inodes = [info.inode for info in self._sampler.namespaces]
-            return dict(zip(inodes, self._sampler.counters_now(), strict=True))
-
-        return take_moment(kernel, lambda watched: self._traced.counted_requests(watched=watched))
-
-    def _finished_namespaces(self) -> tuple[NamespaceInfo, ...]:
-        end = self._moment()
-        names = COUNTED if self._traced.listener_rung else ()
-        return tuple(with_end(info, self._starts[info.inode], end, names) for info in self._sampler.namespaces)
 
     def _is_over(self, now_ns: int) -> bool:
         if self._is_stopped:
             return True
-        if self.options.duration_ns and now_ns - self._started_ns >= self.options.duration_ns:
+        if self.options.duration_ns and now_ns - self._session.started_ns >= self.options.duration_ns:
             self._ended_by = "the duration was over"
             return True
-        if not self._traced.targets and not self._wanted_ports:
+        if not self._session.has_servers:
             self._ended_by = "the traced process ended"
             return True
         return False
-
-    def _look_at(self, events: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-        """Return the events, having taken from them what the progress line shows."""
-        durations = events["duration_ns"][
-            (events["probe"] == ITERATION_PROBE) & (events["duration_ns"] != UNFINISHED_NS)
-        ]
-        if durations.size:
-            self.progress.stalls += int(durations.size)
-            self.progress.longest_stall_ns = max(self.progress.longest_stall_ns, int(durations.max()))
-        self._rows += np.bincount(events["probe"], minlength=MAX_PROBES)
-        return events
-
-    def _counters(self, now_ns: int) -> dict[int, ProbeCounters]:
-        """Return the in-kernel counters, having updated the progress from them."""
-        counters = self._traced.counters()
-        self._show(counters, now_ns)
-        return counters
-
-    def _show(self, counters: dict[int, ProbeCounters], now_ns: int) -> None:
-        """Update the progress."""
-        progress = self.progress
-        calls = [counter for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE]
-        progress.calls = sum(counter.hits for counter in calls)
-        progress.hits = sum(counter.hits for counter in counters.values())
-        progress.lost = sum(counter.missing for counter in counters.values())
-        progress.overflows = self._sampler.overflows()
-        progress.elapsed_ns = max(now_ns - self._started_ns, 1)
-        progress.traced_share = progress.calls * self._call_cost_ns / progress.elapsed_ns
-        progress.own_share = (own_cpu_ns() - self._cpu_ns) / progress.elapsed_ns
-        progress.notes = [note.text for note in self._traced.notes]
-
-    def _cost(self, counters: dict[int, ProbeCounters], ended_ns: int, used_ns: int) -> dict[str, float]:
-        """Return what tracing cost; keys carry their units."""
-        hits = sum(counter.hits for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE)
-        return {
-            "call_cost_ns": self._call_cost_ns,
-            "system_call_cost_ns": self._system_call_cost_ns,
-            "calls_traced": float(hits),
-            "traced_process_ns": hits * self._call_cost_ns,
-            "own_cpu_ns": float(used_ns),
-            "elapsed_ns": float(ended_ns - self._started_ns),
-        }
-
-    def _open_all(self) -> list[Target]:
-        pids = list(self.options.pids)
-        for port in self.options.ports:
-            found = find_by_port(port)
-            self._port_of |= dict.fromkeys(found, port)
-            pids += found
-        targets: list[Target] = []
-        try:
-            for pid in dict.fromkeys(pids):
-                targets.append(open_target(pid, any_program=self.options.any_program))
-        except StallscopeError:
-            for target in targets:
-                target.close()
-            raise
-        return targets
-
-    def _add(self, targets: Sequence[Target]) -> int:
-        """Watch the listeners of processes and attach to them; returns when attaching began, CLOCK_MONOTONIC ns."""
-        self._traced.prepare(targets)
-        if not self._traced.targets:
-            self._traced.attach_listener()
-        namespaces = [self._sampler.add_target(target.pid) for target in targets]
-        for info in self._sampler.namespaces:
-            if info.inode not in self._starts:
-                start = self._starts[info.inode] = self._moment()
-                self._sampler.count_from(info.index, dict(start.kernel[info.inode]))
-        self._follow_listeners()
-        began_ns = time.monotonic_ns()
-        self._traced.attach(targets)
-        for target, namespace in zip(targets, namespaces, strict=True):
-            self._targets[target.pid] = TargetInfo(
-                target.pid, began_ns, target.exe, target.image.exe.build_id, target.product,
-                target.version, target.allocator, namespace,
-            )  # fmt: skip
-        self._ask_servers("")
-        return began_ns
-
-    def _follow_listeners(self) -> None:
-        """Watch the listeners that were opened, and forget those that were closed."""
-        for listener in self._sampler.take_closed():
-            self._traced.unwatch_listener(listener)
-        for listener in self._sampler.listeners[self._listeners_watched :]:
-            self._traced.watch_listener(listener)
-        self._listeners_watched = len(self._sampler.listeners)
-
-    def _follow_targets(self) -> None:
-        """Let go of servers that ended, and take up those that came back on a wanted port."""
-        for pid, target in list(self._traced.targets.items()):
-            if target.is_running():
-                continue
-            self._traced.remove(pid)
-            self._sampler.remove_target(pid)
-            self._targets[pid] = replace(self._targets[pid], end_ns=time.monotonic_ns())
-            self._traced.note(f"process {pid} ({target.exe}) ended or was replaced")
-            port = self._port_of.pop(pid, None)
-            if port is not None and not any(other == port for other in self._port_of.values()):
-                self._wanted_ports.add(port)
-        for port in list(self._wanted_ports):
-            self._take_up(port)
-
-    def _take_up(self, port: int) -> None:
-        for pid in pids_listening_on(port):
-            if pid in self._traced.targets:
-                continue
-            try:
-                target = open_target(pid, any_program=self.options.any_program)
-            except TargetError:
-                continue  # gone again, or not ready
-            try:
-                self._add([target])
-            except StallscopeError as error:
-                is_running = target.is_running()
-                target.close()
-                if not is_running:
-                    continue
-                self._traced.note(f"process {pid} on port {port} is not traced: {error}")
-                self._wanted_ports.discard(port)
-                continue
-            self._wanted_ports.discard(port)
-            self._port_of[pid] = port
-            self._traced.note(f"process {pid} ({self._targets[pid].exe}) took over port {port} and is traced")
-
-    def _ask_servers(self, suffix: str) -> None:
-        """Ask the servers about themselves, in threads: one that is stalled must not hold up the recording."""
-        for pid, info in self._targets.items():
-            if not info.product or info.end_ns or (not suffix and info.info):
-                continue
-            thread = threading.Thread(target=self._ask_server, args=(pid, suffix), daemon=True)
-            thread.start()
-            if suffix:
-                thread.join(1.0)
-
-    def _ask_server(self, pid: int, suffix: str) -> None:
-        port = min(listening_ports(pid), default=0)
-        if not port:
-            return
-        found = server_information(pid, port, self.options.password)
-        info = self._targets[pid]
-        self._targets[pid] = replace(info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()})
-
-    def _manifest(self) -> Manifest:
-        options = self.options.trace
-        sampled = self._traced.probes[2].rung
-        return Manifest(
-            started_ns=self._started_ns,
-            wall_offset_ns=self._wall_offset_ns,
-            probes=tuple(self._traced.probes),
-            targets=tuple(self._targets.values()),
-            listeners=tuple(self._sampler.listeners),
-            namespaces=tuple(self._sampler.namespaces),
-            min_duration_ns=options.min_duration_ns,
-            stall_ns=options.stall_ns,
-            sample_ns=options.sample_ns,
-            rungs={
-                "functions": "uprobe",
-                "event loop": "raw tracepoint" if self._traced.loop_attached else "not measured",
-                "accept queue": sampled,
-                "overflows": self._traced.listener_rung or sampled.replace("sock_diag, ", "") + ", not per event",
-            },
-            counter_names=COUNTER_NAMES,
-            command=self.options.command,
-            host={
-                "name": platform.node(),
-                "kernel": platform.release(),
-                "machine": platform.machine(),
-                "cpus": str(os.cpu_count() or 0),
-            },
-            notes=tuple(self._traced.notes),
-        )
-
-
-def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:
-    """Return the first ``counts[probe]`` events of each probe, in their order.
-
-    The counters were read before detaching, and calls went on until that was done: only what was counted
-    is kept, so that rows and counters agree exactly.
-    """
-    keep = np.zeros(len(events), bool)
-    for probe, count in counts.items():
-        keep[np.flatnonzero(events["probe"] == probe)[: max(count, 0)]] = True
-    return events[keep]
-
-
-def _without(unfinished: npt.NDArray[np.void], finished: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Return the unfinished spans that did not finish after all before the counters were read."""
-    alike = finished[np.isin(finished["start_ns"], unfinished["start_ns"])]
-    done = {(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) for row in alike}
-    alive = [(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) not in done for row in unfinished]
-    return unfinished[np.array(alive, bool)]

@@ -89,10 +89,11 @@ class TracedSet:
         self.loop_attached = False
         self._loader: Loader | None = Loader()
         self._listener_loader: Loader | None = Loader() if may_be_hooked() else None
+        self._is_listener_planned = False
         self._listener: ListenerProgram | None = None
         self._programs: list[LoadedPrograms] = []
         self._owner: dict[int, Program] = {}
-        self._ids: dict[tuple[int, int, int, Decoder], int] = {}
+        self._ids: dict[tuple[str, int, Decoder], int] = {}
         self._handles: dict[int, list[tuple[Program, int]]] = {}
         self._plans: dict[int, list[tuple[int, Decoder, Attachment]]] = {}
 
@@ -117,7 +118,10 @@ class TracedSet:
         self._compile(list(dict.fromkeys(calls)))
 
     def attach_listener(self) -> None:
-        """Hook the kernel's side of the listeners, as far as this kernel allows; a note says what it does not."""
+        """Hook the kernel's side of the listeners, once, as far as this kernel allows; a note says what it does not."""
+        if self._is_listener_planned:
+            return
+        self._is_listener_planned = True
         loader, self._listener_loader = self._listener_loader, None
         try:
             self._listener = ListenerProgram(plan_listener(), ring_bytes=self.options.ring_bytes, loader=loader)
@@ -252,8 +256,7 @@ class TracedSet:
         return list(plan.values())
 
     def _probe_id(self, target: Target, resolution: Resolution, attachment: Attachment) -> int:
-        status = os.stat(attachment.path)
-        key = (status.st_dev, status.st_ino, attachment.offset, resolution.decoder)
+        key = (_identity(attachment), attachment.offset, resolution.decoder)
         probe = self._ids.get(key)
         if probe is None:
             probe = FIRST_CALL_PROBE + len(self._ids)
@@ -319,6 +322,14 @@ class TracedSet:
             raise failures[0]
         self.base.watch_loop(target.pid)
         self.targets[target.pid] = target
+
+
+def _identity(attachment: Attachment) -> str:
+    """Return what tells a file's code from any other's: its build-id, or where it lies when it has none."""
+    if attachment.build_id:
+        return attachment.build_id
+    status = os.stat(attachment.path)
+    return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
 
 
 def _fixed_probes(options: TraceOptions) -> list[ProbeInfo]:

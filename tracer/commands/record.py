@@ -17,7 +17,7 @@ from stallscope.tracer.errors import EXIT_DATA_LOST, UsageError
 from stallscope.tracer.units import format_duration_ns
 
 if TYPE_CHECKING:
-    from stallscope.tracer.capture.recorder import Progress
+    from stallscope.tracer.capture.session import Progress
 
 _MAX_LOST_SHARE = 0.01
 """More lost events than this share and ``record`` ends with exit code 5."""
@@ -81,6 +81,7 @@ def record(
       stallscope record -p 4711 --probe dictRehashMilliseconds --probe libc:madvise
     """
     from stallscope.tracer.capture.recorder import Recorder, RecordOptions
+    from stallscope.tracer.capture.session import SessionOptions
     from stallscope.tracer.capture.traced import TraceOptions, requested_functions
     from stallscope.tracer.recording import new_recording_path
 
@@ -95,10 +96,9 @@ def record(
     trace = TraceOptions(
         requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size
     )
-    options = RecordOptions(
-        pids, ports, new_recording_path(output, force=force), trace, duration, no_default_probes,
-        os.environ.get("REDISCLI_AUTH", ""), tuple(sys.argv),
-    )  # fmt: skip
+    password = os.environ.get("REDISCLI_AUTH", "")
+    session = SessionOptions(pids, ports, trace, no_default_probes, password, tuple(sys.argv))
+    options = RecordOptions(session, new_recording_path(output, force=force), duration)
     started_ns = time.monotonic_ns()
     recorder = Recorder(options)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
