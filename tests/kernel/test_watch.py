@@ -111,7 +111,9 @@ class TestOtherTriggers:
         rows = watch.capture(seen)
         assert set(triggers(rows.manifest)) == {"call:flushallCommand>1us"}
         assert len(rows.of("flushallCommand")) == FLUSHED
-        assert rows.probes("flushallCommand")[0].id not in rows.manifest.details[0].probes, "it is attached all the time"
+        assert rows.probes("flushallCommand")[0].id not in rows.manifest.details[0].probes, (
+            "it is attached all the time"
+        )
 
     def test_overflow_and_backlog(self, server: Server, watch: Watch) -> None:
         seen = len(watch.captured())
@@ -133,10 +135,10 @@ class TestOtherTriggers:
 
     def test_triggers_that_overlap_extend_one_capture(self, server: Server, watch: Watch) -> None:
         seen = len(watch.captured())
-        told = len(watch.triggered())
+        told = watch.said.count("trigger: stall>50ms")
         for number in range(1, 4):
             server.command("DEBUG", "SLEEP", "0.1")
-            until(lambda: sum("stall>50ms" in line for line in watch.triggered()[told:]) >= number, "it is told of")
+            watch.wait_until_it_says("trigger: stall>50ms", times=told + number)
         rows = watch.capture(seen)
         first_ns = rows.manifest.triggers[0].time_ns
         assert len([end_ns for _, end_ns in iterations(rows, 95 * MS) if end_ns >= first_ns]) == 3

@@ -15,15 +15,8 @@ from recordings import ITERATION_ID, LIMIT, MS, PID, PURGE, Builder, add_storm, 
 from stallscope.tracer.errors import UsageError
 from stallscope.tracer.layout import EVENT
 from stallscope.tracer.manifest import ListenerInfo
-from stallscope.tracer.watch.triggers import (
-    Firing,
-    TriggerState,
-    UnderWay,
-    functions_of,
-    parse_trigger,
-    parse_triggers,
-    shortest_ns,
-)
+from stallscope.tracer.watch.evaluation import Firing, TriggerState, UnderWay
+from stallscope.tracer.watch.triggers import functions_of, parse_trigger, parse_triggers, shortest_ns
 
 
 def state(*texts: str) -> TriggerState:

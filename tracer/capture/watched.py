@@ -19,8 +19,8 @@ from stallscope.tracer.capture.redis_target import Target, listening_ports, open
 from stallscope.tracer.capture.session import Session, SessionOptions
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, Note
+from stallscope.tracer.watch.evaluation import UnderWay
 from stallscope.tracer.watch.preroll import Boundary
-from stallscope.tracer.watch.triggers import UnderWay
 
 _DISCOVER_NS = 500_000_000
 _PRUNE_NS = 5_000_000_000

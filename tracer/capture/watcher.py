@@ -26,12 +26,13 @@ from stallscope.tracer.watch.captures import (
     SUPPRESSED,
     CaptureOptions,
     Captures,
-    Finished,
     lost_events,
 )
+from stallscope.tracer.watch.evaluation import Firing, TriggerState
 from stallscope.tracer.watch.folder import CaptureFolder
 from stallscope.tracer.watch.preroll import Boundary, Preroll
-from stallscope.tracer.watch.triggers import Firing, Trigger, TriggerState, functions_of
+from stallscope.tracer.watch.triggers import Trigger, functions_of
+from stallscope.tracer.watch.writer import Finished
 
 CHUNK_NS = 500_000_000
 """How often the counters are read; a capture begins at such a moment."""
