@@ -57,6 +57,7 @@ class Decoder:
     kind     params                            slots
     ======== ================================= ==============================================================
     none     ()                                nothing
+    result   ()                                2 what the function returned
     registers 1-based argument numbers, 0 none the three arguments
     sdshdr   (argument,)                       0 length_bytes, 1 free_bytes of a string of Redis <= 3.0
     sds      (argument,)                       the same of Redis >= 3.2, header found from the byte at s[-1]

@@ -429,7 +429,7 @@ def _instances(calls: Sequence[CallProbe]) -> list[str]:
     for call in calls:
         arguments = ", ".join(str(parameter) for parameter in call.decoder.params)
         lines.append(f"CALL_ENTER({call.probe}, DECODE_{call.decoder.kind}({arguments}))")
-        lines.append(f"CALL_RETURN({call.probe})")
+        lines.append(f"CALL_RETURN({call.probe}, {int(call.decoder.kind == 'result')})")
     return lines
 
 
