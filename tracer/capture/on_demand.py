@@ -84,6 +84,12 @@ class OnDemand:
         gone = self._attached.pop(pid, [])
         self._let_go([*gone, *(_Attached(program, (handle,)) for program, handle in others)])
 
+    def let_go(self, release: Callable[[], object]) -> None:
+        """Have something else done that waits for the kernel; ``is_detaching`` until it is."""
+        if self._detacher is None:
+            self._detacher = _Detacher()
+        self._detacher.put(release)
+
     def attach(self) -> tuple[int, list[str]]:
         """Attach every probe.
 
@@ -123,40 +129,41 @@ class OnDemand:
         return failures
 
     def _let_go(self, gone: list[_Attached]) -> None:
-        if not gone:
-            return
-        if self._detacher is None:
-            self._detacher = _Detacher()
-        self._detacher.detach(gone)
+        if gone:
+            self.let_go(lambda: _detach(gone))
+
+
+def _detach(items: list[_Attached]) -> None:
+    for program in {id(item.program): item.program for item in items}.values():
+        mine = [item for item in items if item.program is program]
+        program.detach_many([handle for item in mine for handle in item.handles])
+        for pid in {item.pid for item in mine}:
+            program.forget_calls({item.probe for item in mine if item.pid == pid}, pid)
 
 
 class _Detacher:
     """The thread that waits for the kernel."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[list[_Attached] | None] = SimpleQueue()
-        self._pending = 0
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._put = 0
         self._done = 0
         self._thread = threading.Thread(target=self._run, name="detach", daemon=True)
         self._thread.start()
 
     @property
     def is_busy(self) -> bool:
-        return self._done < self._pending
+        return self._done < self._put
 
-    def detach(self, items: list[_Attached]) -> None:
-        self._pending += 1
-        self._queue.put(items)
+    def put(self, release: Callable[[], object]) -> None:
+        self._put += 1
+        self._queue.put(release)
 
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        for items in iter(self._queue.get, None):
-            for program in {id(item.program): item.program for item in items}.values():
-                mine = [item for item in items if item.program is program]
-                program.detach_many([handle for item in mine for handle in item.handles])
-                for pid in {item.pid for item in mine}:
-                    program.forget_calls({item.probe for item in mine if item.pid == pid}, pid)
+        for release in iter(self._queue.get, None):
+            release()
             self._done += 1

@@ -288,8 +288,10 @@ class Program(LoadedPrograms):
         handles, self._loop_handles = self._loop_handles, []
         self.detach_many(handles)
         self.loop_rung = ""
-        for tid, _ in self._loops.items() if self._loops is not None else ():
-            self.watch_loop(int(tid))
+        if self._loops is not None:
+            loops = BpfMap(self._loops.fd, U32, struct_dtype("loop_state"))  # its own, for another thread
+            for tid, _ in loops.items():
+                loops.update(tid, np.zeros(1, struct_dtype("loop_state"))[0])
 
     def keep_loop_whole(self) -> bool:
         """Go over to raw tracepoints once kprobes missed something; returns whether that was done.

@@ -64,6 +64,7 @@ class TraceOptions:
         stall_ns: event loop iterations shorter than this are counted, not recorded.
         ring_bytes: size of each ring buffer, a power of two.
         on_demand: those of the functions that are attached only while detail is wanted.
+        loop_on_demand: so are the raw tracepoints, where event loops are seen by them.
     """
 
     functions: Sequence[str]
@@ -72,6 +73,7 @@ class TraceOptions:
     sample_ns: int
     ring_bytes: int
     on_demand: frozenset[str] = frozenset()
+    loop_on_demand: bool = False
 
 
 def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
@@ -87,6 +89,7 @@ class TracedSet:
 
     Attributes:
         loop_rung: how event loops are seen: ``fentry``, ``kprobe``, ``raw tracepoint``, or "" for not at all.
+        is_loop_on_demand: they are seen by raw tracepoints, which are attached only by ``attach_loop``.
     """
 
     def __init__(self, options: TraceOptions) -> None:
@@ -96,6 +99,7 @@ class TracedSet:
         self.notes: list[Note] = []
         self.probes: list[ProbeInfo] = _fixed_probes(options)
         self.loop_rung = ""
+        self.is_loop_on_demand = False
         self._loader: Loader | None = Loader()
         self._listener_loader: Loader | None = Loader() if may_be_hooked() else None
         self._is_listener_planned = False
@@ -257,6 +261,24 @@ class TracedSet:
         self.note(f"kprobes missed system calls of an event loop: from here on it is seen by {TRACEPOINT_RUNG}s")
         self._set_loop_rung(f"{self.loop_rung}, then {TRACEPOINT_RUNG}")
 
+    def describe_loop(self, rung: str, fields: tuple[Field, ...]) -> None:
+        """Say how event loops are seen by somebody else, and what the values of an iteration mean."""
+        self.loop_rung = rung
+        self.probes = [
+            replace(info, rung=rung, fields=fields) if info.kind == ITERATION else info for info in self.probes
+        ]
+
+    def attach_loop(self) -> None:
+        """Attach the raw tracepoints that are on demand; a note says when the kernel refuses."""
+        try:
+            self.base.attach_loop()
+        except SurroundingsError as error:
+            self.note(f"event loop iterations are not measured: {error}")
+
+    def detach_loop(self) -> None:
+        """Begin to detach them; ``on_demand.is_detaching`` until that is done."""
+        self.on_demand.let_go(self.base.detach_loop)
+
     def note(self, text: str) -> None:
         """Keep something the reader of the recording must know."""
         self.notes.append(Note(time.monotonic_ns(), text))
@@ -375,19 +397,23 @@ class TracedSet:
         if self._programs and not calls:
             return
         first = not self._programs
+        loop_plan = plan_loop() if first else None
         program = Program(
             [*calls, CallProbe(CALIBRATION_PROBE, Decoder("none"))] if first else calls,
             ring_bytes=self.options.ring_bytes,
             min_duration_ns=self.options.min_duration_ns,
             iteration_min_ns=self.options.stall_ns,
             loop=first,
-            loop_plan=plan_loop() if first else None,
+            loop_plan=loop_plan,
             loader=self._loader,
         )
         self._loader = None
         self._programs.append(program)
         self._owner = self._owner | {call.probe: program for call in calls}
-        if first:
+        self.is_loop_on_demand |= (
+            self.options.loop_on_demand and loop_plan is not None and loop_plan.rung == TRACEPOINT_RUNG
+        )
+        if first and not self.is_loop_on_demand:
             try:
                 program.attach_loop()
             except SurroundingsError as error:

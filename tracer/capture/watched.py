@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from stallscope.tracer.capture.discovery import Candidate, Discovery
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target
 from stallscope.tracer.capture.session import Session, SessionOptions
+from stallscope.tracer.capture.standing_loop import StandingLoop
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, Note
 from stallscope.tracer.watch.evaluation import UnderWay
@@ -26,6 +28,8 @@ _DISCOVER_NS = 500_000_000
 _PRUNE_NS = 5_000_000_000
 _MAX_NOTES = 100
 _MAX_REFUSED = 1024
+CRON = "serverCron"
+"""The catalogue's name of the function that the watchdog takes for a second witness."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,22 @@ class WatchedSession(Session):
         restarts: how many servers were taken up after the start.
     """
 
-    def __init__(self, options: SessionOptions, *, all_redis: bool, keep_ns: int) -> None:
+    def __init__(self, options: SessionOptions, *, all_redis: bool, keep_ns: int, stall_ns: int) -> None:
         """Compile, attach what is on the machine, and go on with what is not there yet.
 
         Args:
             options: which servers, and how.
             all_redis: watch every server of this machine, also those that come later.
             keep_ns: for how long what has ended may still be needed by a recording.
+            stall_ns: how long an iteration must take to be of interest where they are sampled.
 
         Raises:
             SurroundingsError: this machine cannot be traced, or a process that was named cannot.
         """
         self._all_redis = all_redis
         self._keep_ns = keep_ns
+        self._stall_ns = stall_ns
+        self._loop: StandingLoop | None = None
         self._ports = set(options.ports)
         self._discovery = Discovery()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
@@ -73,6 +80,11 @@ class WatchedSession(Session):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def due_ns(self) -> int:
+        """When ``poll`` has something to do again, CLOCK_MONOTONIC."""
+        return min(super().due_ns, self._loop.due_ns if self._loop is not None else super().due_ns)
 
     @property
     def has_servers(self) -> bool:
@@ -96,6 +108,10 @@ class WatchedSession(Session):
     def poll(self, now_ns: int) -> list[npt.NDArray[np.void]]:
         """Do what is due; returns new rows, dtype ``EVENT``, with the calls that ended servers were in last."""
         rows = super().poll(now_ns)
+        if self._loop is not None:
+            rows = [self._loop.take(part) for part in rows]
+            if now_ns >= self._loop.due_ns:
+                rows.append(self._loop.sample(now_ns))
         if self._arrivals:
             self._welcome()
         ended, self._rows_of_ended = self._rows_of_ended, []
@@ -103,7 +119,7 @@ class WatchedSession(Session):
 
     def under_way(self, *, calls_too: bool) -> list[UnderWay]:
         """Return the event loop iterations, and calls if wanted, that have begun and not ended."""
-        spans = [UnderWay(tid, start_ns, tid) for tid, start_ns in self._traced.base.iterations_under_way()]
+        spans = self._loop.under_way() if self._loop is not None else []
         if not calls_too:
             return spans
         calls = self._traced.calls_under_way()
@@ -142,6 +158,8 @@ class WatchedSession(Session):
 
     def attach_detail(self) -> int:
         """Attach the probes that are on demand; returns when that was done, CLOCK_MONOTONIC ns."""
+        if self._loop is not None:
+            self._loop.attach()
         attached_ns, failures = self._traced.on_demand.attach()
         for text in dict.fromkeys(failures):
             self.note(text)
@@ -150,6 +168,8 @@ class WatchedSession(Session):
     def detach_detail(self) -> None:
         """Begin to detach them."""
         self._traced.on_demand.detach()
+        if self._loop is not None:
+            self._loop.detach()
 
     @property
     def is_detaching(self) -> bool:
@@ -168,12 +188,23 @@ class WatchedSession(Session):
             if arrival.future.done() and not arrival.future.cancelled() and arrival.future.exception() is None:
                 arrival.future.result().close()
         self._arrivals.clear()
+        if self._loop is not None:
+            self._loop.close()
         super().close()
 
     def _open_all(self) -> list[Target]:
         return []  # the first set of programs is nobody's, so that every other one can be freed
 
+    def _admit(self, targets: Sequence[Target]) -> int:
+        began_ns = super()._admit(targets)
+        if self._loop is not None:
+            for target in targets:
+                self._loop.add(target.pid)
+            self._loop.follow(tuple(info.id for info in self._traced.probes if info.name == CRON))
+        return began_ns
+
     def _begin(self) -> None:
+        self._loop = StandingLoop(self._traced, self._stall_ns)
         for pid in dict.fromkeys(self.options.pids):
             target = open_target(pid, any_program=self.options.any_program)
             try:
@@ -202,6 +233,8 @@ class WatchedSession(Session):
             ended_ns = time.monotonic_ns()
             self._rows_of_ended.append(self._traced.last_calls(pid))
             self._traced.remove(pid)
+            if self._loop is not None:
+                self._loop.remove(pid)
             self._sampler.remove_target(pid)
             self._targets[pid] = replace(self._targets[pid], end_ns=ended_ns)
             self.note(f"process {pid} ({target.exe}) ended or was replaced")

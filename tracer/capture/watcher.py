@@ -31,7 +31,7 @@ from stallscope.tracer.watch.captures import (
 from stallscope.tracer.watch.evaluation import Firing, TriggerState
 from stallscope.tracer.watch.folder import CaptureFolder
 from stallscope.tracer.watch.preroll import Boundary, Preroll
-from stallscope.tracer.watch.triggers import Trigger, functions_of
+from stallscope.tracer.watch.triggers import STALL, Trigger, functions_of, shortest_ns
 from stallscope.tracer.watch.writer import Finished
 
 CHUNK_NS = 500_000_000
@@ -124,7 +124,10 @@ class Watcher:
         self._folder = CaptureFolder(options.folder, options.max_captures, options.max_disk_bytes)
         try:
             self._session = WatchedSession(
-                options.session, all_redis=options.all_redis, keep_ns=options.captures.before_ns + 2 * CHUNK_NS
+                options.session,
+                all_redis=options.all_redis,
+                keep_ns=options.captures.before_ns + 2 * CHUNK_NS,
+                stall_ns=shortest_ns(options.triggers, STALL, options.session.trace.stall_ns),
             )
         except BaseException:
             self._folder.close()

@@ -63,7 +63,9 @@ def watch(
     standing = functions_of(parsed)
     functions = requested_functions([*standing, *probes], defaults=True)
     on_demand = frozenset(name for name in functions if name not in standing and not catalogue.is_standing(name))
-    trace = TraceOptions(functions, 0, min(stall, shortest_ns(parsed, STALL, stall)), sample, ring_size, on_demand)
+    trace = TraceOptions(
+        functions, 0, min(stall, shortest_ns(parsed, STALL, stall)), sample, ring_size, on_demand, True
+    )
     session = SessionOptions(pids, ports, trace, False, os.environ.get("REDISCLI_AUTH", ""), tuple(sys.argv))
     options = WatchOptions(
         session, parsed, output, CaptureOptions(before, after, cooldown, longest, memory), max_captures, max_disk,
