@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target
 from stallscope.tracer.capture.session import Session, SessionOptions
@@ -74,6 +75,7 @@ class WatchedSession(Session):
         self._next_discovery = self._next_prune = 0
         self.is_held = False
         self.restarts = 0
+        self._bare_call_ns = measure_system_call_ns()
         super().__init__(options)
         try:
             self._begin()
@@ -204,6 +206,11 @@ class WatchedSession(Session):
         return began_ns
 
     def _begin(self) -> None:
+        if self._traced.is_loop_on_demand:
+            self._traced.attach_loop()
+            attached_ns = measure_system_call_ns()
+            self._traced.detach_loop()
+            self._system_call_cost_ns = max(attached_ns - self._bare_call_ns, 0.0)
         self._loop = StandingLoop(self._traced, self._stall_ns)
         for pid in dict.fromkeys(self.options.pids):
             target = open_target(pid, any_program=self.options.any_program)

@@ -40,6 +40,9 @@ CHUNK_NS = 500_000_000
 ON_TRIGGER, ALWAYS, NEVER = "on-trigger", "always", "never"
 DETAIL = (ON_TRIGGER, ALWAYS, NEVER)
 
+_LOOK_NS = 20_000_000
+"""How often conditions that last are looked at when nothing happens."""
+
 _MAX_ATTACH_TIMES = 1000
 _NO_EVENTS = joined_events([])
 
@@ -144,6 +147,7 @@ class Watcher:
         self._is_detail_wanted = options.detail == ALWAYS
         self._detail_for: Firing | None = None
         self._spent: deque[_Spent] = deque()
+        self._next_look_ns = 0
         self._next_chunk_ns = begin.time_ns + CHUNK_NS
         self._lost = lost_events(begin.counters)
         self.totals.started_ns = begin.time_ns
@@ -182,10 +186,12 @@ class Watcher:
     def _step(self) -> None:
         now_ns = time.monotonic_ns()
         rows = [part for part in self._session.poll(now_ns) if len(part)]
+        under_way = self._session.under_way(calls_too=self._needs_calls)
+        if not rows and not under_way and now_ns < self._next_look_ns:
+            return  # most of the time nothing has happened since the last look, some milliseconds ago
+        self._next_look_ns = now_ns + _LOOK_NS
         events = joined_events(rows) if rows else _NO_EVENTS
-        firings = self._triggers.observe(
-            events, now_ns, self._session.under_way(calls_too=self._needs_calls), self._lost
-        )
+        firings = self._triggers.observe(events, now_ns, under_way, self._lost)
         if firings:
             self._attach_for(firings, now_ns)
         self._captures.add(events)
