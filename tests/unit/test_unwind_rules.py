@@ -331,7 +331,7 @@ def test_names_of_addresses(tmp_path: Path) -> None:
     assert frames[0] == Frame("plain", "libhand.so", 2, process.code("plain"))
 
 
-@pytest.mark.parametrize("name", ["libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2"])
+@pytest.mark.parametrize("name", ["libm.so.6", "ld-linux-x86-64.so.2"])
 def test_functions_one_by_one_are_the_same_as_all_at_once(name: str) -> None:
     library = Path("/lib/x86_64-linux-gnu") / name
     if not library.exists():
