@@ -48,7 +48,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def watch(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    words = ["-p", str(server.pid), "--before", "2s", "--after", "1s", "--cooldown", "0"]
+    words = ["-p", str(server.pid), "--before", "2s", "--after", "1s", "--cooldown", "0", "--max-overhead", "100%"]
     for trigger in ("stall>50ms", "overflow>0", "backlog>80% for 100ms", "call:flushallCommand>1us"):
         words += ["--trigger", trigger]
     with watching(tmp_path_factory.mktemp("watch"), *words) as running:
