@@ -9,9 +9,9 @@ import pytest
 from lab import LabError
 from lab.server import Server, find_server, running_server
 from tracing import Rows, require_tracing, until
-from watches import Watch, connecting, stopped, watching
+from watches import Watch, connecting, iterations, stopped, watching
 
-from stallscope.tracer.manifest import ITERATION, Manifest
+from stallscope.tracer.manifest import Manifest
 
 MS = 1_000_000
 BACKLOG = 5
@@ -26,14 +26,6 @@ def built(name: str) -> str:
     except LabError as error:
         pytest.skip(str(error))
     return name
-
-
-def iterations(rows: Rows, at_least_ns: int) -> list[tuple[int, int]]:
-    """Return (start, end) of the event loop iterations that took so long."""
-    (probe,) = [probe.id for probe in rows.manifest.probes if probe.kind == ITERATION]
-    found = rows.all[(rows.all["probe"] == probe) & rows.all["is_finished"]]
-    found = found[found["end_ns"] - found["start_ns"] >= at_least_ns]
-    return list(zip(found["start_ns"].tolist(), found["end_ns"].tolist(), strict=True))
 
 
 def triggers(manifest: Manifest) -> list[str]:
