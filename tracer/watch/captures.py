@@ -93,6 +93,15 @@ class Captures:
         return self._current is not None
 
     @property
+    def begin_ns(self) -> int:
+        """Return when the present capture began, with its pre-roll; 0 if there is none."""
+        return self._current.begin_ns if self._current is not None else 0
+
+    def accepts(self, now_ns: int) -> bool:
+        """Return whether a trigger that comes true now begins or extends a capture."""
+        return self._current is not None or (now_ns >= self._ready_ns and len(self._finishing) < _MAX_FINISHING)
+
+    @property
     def ends_ns(self) -> int:
         """Return when the present capture ends if nothing more happens, 0 if there is none."""
         return self._current.ends_ns if self._current is not None else 0
@@ -125,7 +134,7 @@ class Captures:
             return EXTENDED if firings else ""
         if not firings:
             return ""
-        if now_ns < self._ready_ns or len(self._finishing) >= _MAX_FINISHING:
+        if not self.accepts(now_ns):
             self.suppressed += len(firings)
             return SUPPRESSED
         first_ns = min(firing.time_ns for firing in firings)
@@ -222,6 +231,10 @@ class _Capture:
                 self._latest = chunk.end
                 self.writer.put_side(self._counters(chunk.end), None)
         self.writer.start()
+
+    @property
+    def begin_ns(self) -> int:
+        return self._begin.time_ns
 
     @property
     def ends_ns(self) -> int:
