@@ -2,8 +2,9 @@
 
 Uploaders are stuck in a value and send a byte every few seconds; idle clients make the round of clientsCron() long
 enough for the uploaders to have idled when it comes to them, all in a few ticks. One byte makes the buffer grow by a
-megabyte, so that there is something to trim again. What was sent ends just below two of jemalloc's chunks of 4 MB (jemalloc
-3.6, opt.lg_chunk), so that each trim crosses their border and copies all of it. 0.8 GB at the server with 60 uploaders.
+megabyte, so that there is something to trim again. What was sent ends just below two of jemalloc's chunks of 4 MB
+(jemalloc 3.6, opt.lg_chunk), so that each trim crosses their border and copies all of it. 0.8 GB at the server with 60
+uploaders.
 """
 
 from __future__ import annotations
