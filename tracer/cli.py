@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import doctor, export, imports, probes, record, report, summary
+from stallscope.tracer.commands import doctor, export, imports, probes, record, report, summary, top
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -21,6 +21,7 @@ def cli() -> None:
     Examples:
       stallscope doctor                           what can be observed on this machine
       stallscope record --port 6379 -d 1m         record the server on port 6379
+      stallscope top --port 6379                  watch it live
       stallscope summary FILE.stall               what blocked it, and what was refused
       stallscope report FILE.stall                the same as one page with a timeline
       stallscope export FILE.stall -f perfetto    the same for another tool
@@ -29,6 +30,7 @@ def cli() -> None:
 
 for _command in (
     record.record,
+    top.top,
     summary.summary,
     report.report,
     export.export,
