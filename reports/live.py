@@ -45,11 +45,10 @@ class _Glyphs:
     empty: str
     levels: str
     cut: str
-    times: str
 
 
-_UNICODE = _Glyphs("█", "░", " ▁▂▃▄▅▆▇█", "…", "×")  # noqa: RUF001  (the multiplication sign is meant)
-_ASCII = _Glyphs("#", ".", " .:-=+*%#", "~", "x")
+_UNICODE = _Glyphs("█", "░", " ▁▂▃▄▅▆▇█", "…")
+_ASCII = _Glyphs("#", ".", " .:-=+*%#", "~")
 
 
 def render(view: LiveView, controls: Controls, width: int, height: int, *, ascii_only: bool = False) -> Group:
@@ -139,31 +138,37 @@ def _queues(view: LiveView, width: int, height: int, glyphs: _Glyphs) -> list[Te
     shown = sorted(view.listeners, key=lambda item: (-_fullness(item), item.address))
     if not shown:
         return [_labelled("queue", Text("no listener is watched", style="dim"))]
-    lines = [_queue(item, view.window_s, width, glyphs) for item in shown[:most]]
-    if len(shown) > most:
-        lines[-1].append(f" +{len(shown) - most} more", style="dim")
-    return lines
+    address_width = min(max(len(item.address) for item in shown[:most]), max(width // 3, 15))
+    more = f"  +{len(shown) - most} more" if len(shown) > most else ""
+    return [
+        _queue(item, view.window_s, width, address_width, glyphs, more if item is shown[:most][-1] else "")
+        for item in shown[:most]
+    ]
 
 
 def _fullness(item: ListenerView) -> float:
     return max(item.window_max, item.queue_length) / max(item.queue_limit, 1)
 
 
-def _queue(item: ListenerView, window_s: int, width: int, glyphs: _Glyphs) -> Text:
+def _queue(item: ListenerView, window_s: int, width: int, address_width: int, glyphs: _Glyphs, more: str) -> Text:
     share = item.queue_length / max(item.queue_limit, 1)
-    bar_width = max(min(width - 70, 40), 8)
+    numbers = f" {item.queue_length:,}/{item.queue_limit:,}"
+    before, longest = f", {window_s} s max ", f"{item.window_max:,}"
+    room = width - _LABEL - address_width - 1 - len(numbers + before + longest + more)
+    bar_width = max(min(room // 3, 40), 4)
     full = min(math.ceil(share * bar_width), bar_width)
     style = "red" if share >= 1 else "yellow" if share >= 0.5 else "green"
-    text = Text(f"{plain(item.address)} ")
+    text = Text(f"{_cut(plain(item.address), address_width, glyphs).ljust(address_width)} ")
     text.append(glyphs.full * full, style=style)
     text.append(glyphs.empty * (bar_width - full), style="dim")
-    text.append(f" {item.queue_length:,}/{item.queue_limit:,}", style="bold red" if share >= 1 else "")
-    text.append(f", {window_s} s max ")
-    text.append(f"{item.window_max:,}", style="bold red" if item.window_max > item.queue_limit else "")
-    room = width - _LABEL - len(text) - 2
+    text.append(numbers, style="bold red" if share >= 1 else "")
+    text.append(before)
+    text.append(longest, style="bold red" if item.window_max > item.queue_limit else "")
+    room -= bar_width + 2
     if room >= 8:
         text.append("  ")
-        text.append(_spark(item.history, item.queue_limit, min(room, 40), glyphs), style="cyan")
+        text.append(_spark(item.history, item.queue_limit, min(room, 60), glyphs), style="cyan")
+    text.append(more, style="dim")
     return _labelled("queue", text)
 
 
@@ -176,7 +181,7 @@ def _refused(view: LiveView, width: int, glyphs: _Glyphs) -> Text:
     text.append("  ")
     if room >= 8:
         peak = max(*view.overflow_history, 1)
-        text.append(_spark(view.overflow_history, peak, min(room, 40), glyphs), style="red")
+        text.append(_spark(view.overflow_history, peak, min(room, 60), glyphs), style="red")
         text.append("  ")
     text.append(cost, style="bold red" if view.lost else "dim")
     return _labelled("refused", text)
@@ -260,7 +265,7 @@ def _stall(stall: StallView, view: LiveView, glyphs: _Glyphs) -> Text:
     share = percent(stall.cause_self_ns, stall.covered_ns)
     if stall.cause:
         line.append(plain(stall.cause), style="bold")
-        line.append(f" {glyphs.times}{stall.cause_calls:,}, {share} self")
+        line.append(f" x{stall.cause_calls:,}, {share} self")
     else:
         line.append("not traced", style="italic")
         line.append(f", {share}")

@@ -119,8 +119,12 @@ class TestScreen:
             for width, height in ((60, 15), (80, 24)):
                 screen.resize(width, height)
                 os.kill(screen.process.pid, signal.SIGWINCH)
-                until(lambda height=height: "quit" in screen.lines()[height - 1], "the keys are in the last line")
-                assert screen.lines()[0].startswith("stallscope top")
+
+                def is_filled(height: int = height) -> bool:
+                    lines = screen.lines()
+                    return lines[0].startswith("stallscope top") and "quit" in lines[height - 1]
+
+                until(is_filled, "the first line and the keys are where they belong")
             screen.press("q")
             assert screen.ended() == 0
 
@@ -141,19 +145,22 @@ class TestScreen:
             assert screen.written.index(on) < screen.written.index(off)
         assert "Traceback" not in screen.written.decode()
 
-    def test_ctrl_z_gives_the_terminal_back_and_goes_on_later(self, server: Server) -> None:
-        with on_screen([STALLSCOPE, "top", "-p", str(server.pid)]) as screen:
+    def test_ctrl_z_gives_the_terminal_back_and_fg_goes_on(self, server: Server) -> None:
+        line = f"'{STALLSCOPE}' top -p {server.pid}; echo STOPPED; read -r; fg; echo BACK $?"
+        with on_screen(["bash", "-m", "-c", line]) as screen:
             before = screen.modes()
             screen.wait_for("iterations/s")
-            screen.process.send_signal(signal.SIGTSTP)
-            state = Path(f"/proc/{screen.process.pid}/stat")
-            until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "it is stopped")
+            taken = screen.modes()
+            assert taken != before
+            screen.press("\x1a")
+            screen.wait_for("STOPPED")
             assert screen.modes() == before
-            screen.process.send_signal(signal.SIGCONT)
-            until(lambda: screen.modes() != before, "it reads keys again")
+            screen.press("\n")
+            until(lambda: screen.modes() == taken, "it reads keys again")
             screen.press("s")
             screen.wait_for("sort: p99")
             screen.press("q")
+            screen.wait_for("BACK 0")
             assert screen.ended() == 0
             assert screen.modes() == before
 
@@ -180,8 +187,10 @@ class TestCapture:
             assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
             with asked(server, "DEBUG", "SLEEP", str(DEBUG_S)):
                 pass
-            for _ in range(13):
-                server.command("KEYS", "no such key")
+            with socket.create_connection((HOST, server.port)) as client:
+                for _ in range(13):
+                    client.sendall(b"KEYS none\r\n")
+                    assert client.recv(16) == b"*0\r\n"
             screen.wait_for("debugCommand", "self")
             screen.press("c")
             screen.wait_for("captured")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import sys
@@ -16,7 +17,9 @@ from rich.console import Console, RenderableType
 
 from stallscope.tracer.errors import UsageError
 
-_ESCAPE = 0x1B
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]?|O.?)?")
+"""An arrow or a function key comes as an escape and letters that nobody pressed (ECMA-48, 5.4)."""
+
 _INPUT_FLAGS, _LOCAL_FLAGS = 0, 3
 
 
@@ -104,8 +107,7 @@ class Terminal:
             raise TerminalGoneError from error
         if not pressed:
             raise TerminalGoneError
-        # an arrow or a function key comes as an escape and letters that nobody pressed
-        return pressed.split(bytes([_ESCAPE]))[0].decode("ascii", "replace")
+        return _ESCAPE_SEQUENCE.sub("", pressed.decode("ascii", "replace"))
 
     def _take_over(self) -> None:
         descriptor = sys.stdin.fileno()

@@ -106,7 +106,8 @@ class StallView:
         covered_ns: the part of the stall, up to its end, from which the calls were still known: less than
             ``duration_ns`` where more calls were made than are kept.
         queue_max, queue_limit: of the fullest accept queue of the process, None where none was sampled.
-        overflows: ListenOverflows from its start to the first sample after its end, in all namespaces watched.
+        overflows: ListenOverflows seen from its start until one sampling interval after its end, in all namespaces
+            watched.
     """
 
     wall_ns: int
