@@ -200,9 +200,9 @@ class Session:
         )
         return joined_events([sampled, counted, _without(unfinished, counted)]), counters, manifest
 
-    def under_way(self) -> npt.NDArray[np.void]:
-        """Return the calls and stalls that have begun and not ended (dtype ``EVENT``)."""
-        return self._traced.state()[1]
+    def unfinished(self) -> npt.NDArray[np.void]:
+        """Return the calls and stalls that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
+        return self._traced.unfinished(time.monotonic_ns())
 
     def mark(self) -> Mark:
         """Return the state at this moment; a part of the session may begin or end here.
