@@ -26,7 +26,13 @@ _LENGTH_BYTES = 8
 KPROBE = "kprobe"
 RAW_TRACEPOINT = "raw_tracepoint"
 TRACING = "tracing"
-_BCC_TYPES = {KPROBE: "KPROBE", RAW_TRACEPOINT: "RAW_TRACEPOINT", TRACING: "TRACING"}
+PERF_EVENT = "perf_event"
+_BCC_TYPES = {
+    KPROBE: "KPROBE",
+    RAW_TRACEPOINT: "RAW_TRACEPOINT",
+    TRACING: "TRACING",
+    PERF_EVENT: "PERF_EVENT",
+}
 """Our program kinds and bcc's constants; uprobes run kprobe programs, fentry and fexit tracing programs."""
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +28,7 @@ ACCEPT_PROBE = 1
 QUEUE_PROBE = 2
 COUNTER_PROBE = 3
 FIRST_LISTENER_PROBE = 4
+STACK_PROBE = 15
 FIRST_CALL_PROBE = 16
 MAX_PROBES = 256
 """Probe ids below ``FIRST_CALL_PROBE`` are fixed; functions follow in the order in which they were added."""
@@ -39,7 +40,7 @@ _SYSTEM_CALLS = {
 _ENTER, _RETURN = "call_enter_{}", "call_return_{}"
 _LOOP_TRACEPOINTS = ("sys_enter", "sys_exit")
 U32 = np.dtype("<u4")
-_C_BYTES = {"unsigned long long": 8, "unsigned int": 4, "int": 4, "unsigned short": 2}
+_C_BYTES = {"unsigned long long": 8, "unsigned int": 4, "int": 4, "unsigned short": 2, "unsigned char": 1}
 _MAX_LOOPS = 256
 _MAX_CALLS_IN_PROGRESS = 8192
 
@@ -50,6 +51,16 @@ class CallProbe:
 
     probe: int
     decoder: Decoder
+
+
+@dataclass(frozen=True)
+class MoreSources:
+    """What joins a set of programs behind its own sources: file names, compiler flags, programs by kind, maps."""
+
+    names: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    programs: Mapping[str, str] = field(default_factory=dict)
+    maps: tuple[str, ...] = ()
 
 
 class LoadedPrograms:
@@ -113,6 +124,24 @@ class LoadedPrograms:
             totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names or ()})
         return totals
 
+    def program(self, name: str) -> int:
+        """Return the file descriptor of a program, which stays ours.
+
+        Raises:
+            SurroundingsError: the kernel refused it; says why.
+        """
+        if name in self._loaded.refused:
+            raise SurroundingsError(f"the kernel refuses the program {name}: {self._loaded.refused[name]}")
+        return self._loaded.programs[name]
+
+    def has(self, name: str) -> bool:
+        """Return whether a map was asked for."""
+        return name in self._loaded.maps
+
+    def map(self, name: str) -> int:
+        """Return the file descriptor of a map that was asked for; it stays ours."""
+        return self._loaded.maps[name]
+
     def close(self) -> None:
         """Detach everything and free the programs and maps."""
         self.detach_all()
@@ -122,11 +151,6 @@ class LoadedPrograms:
             os.close(fd)
         self._loaded.programs.clear()
         self._loaded.maps.clear()
-
-    def _program(self, name: str) -> int:
-        if name in self._loaded.refused:
-            raise SurroundingsError(f"the kernel refuses the program {name}: {self._loaded.refused[name]}")
-        return self._loaded.programs[name]
 
     def _keep(self, handle: int) -> int:
         self._attached.append(handle)
@@ -144,6 +168,7 @@ class Program(LoadedPrograms):
         min_duration_ns: int,
         iteration_min_ns: int,
         loop: bool = True,
+        more: MoreSources | None = None,
         loader: Loader | None = None,
     ) -> None:
         """Compile and load the probes; nothing is attached yet.
@@ -154,6 +179,7 @@ class Program(LoadedPrograms):
             min_duration_ns: shorter calls are counted and not sent.
             iteration_min_ns: shorter event loop iterations are counted and not sent.
             loop: compile the event loop's programs too.
+            more: sources that use the maps of these, to be compiled with them.
             loader: one that was started earlier, to save its start.
 
         Raises:
@@ -176,9 +202,12 @@ class Program(LoadedPrograms):
         if loop:
             programs |= {f"loop_{tracepoint}": RAW_TRACEPOINT for tracepoint in _LOOP_TRACEPOINTS}
             maps.append("loops")
-        sources = ["calls.bpf.c", *(["loop.bpf.c"] if loop else [])]
+        more = more or MoreSources()
+        programs |= more.programs
+        maps += more.maps
+        sources = ["calls.bpf.c", *(["loop.bpf.c"] if loop else []), *more.names]
         text = join_sources(sources, _instances(calls))
-        super().__init__(text, flags, programs, maps, ring_bytes=ring_bytes, loader=loader)
+        super().__init__(text, [*flags, *more.flags], programs, maps, ring_bytes=ring_bytes, loader=loader)
         fds = self._loaded.maps
         self._calls = BpfMap(fds["calls_in_progress"], struct_dtype("frame"), EVENT)
         self._loops = BpfMap(fds["loops"], U32, struct_dtype("loop_state")) if loop else None
@@ -198,9 +227,9 @@ class Program(LoadedPrograms):
         Raises:
             SurroundingsError: the kernel refuses.
         """
-        returned = self._keep(attach_uprobe(self._program(_RETURN.format(probe)), path, offset, pid, is_return=True))
+        returned = self._keep(attach_uprobe(self.program(_RETURN.format(probe)), path, offset, pid, is_return=True))
         try:
-            program = self._program(_ENTER.format(probe))
+            program = self.program(_ENTER.format(probe))
             return self._keep(attach_uprobe(program, path, offset, pid, is_return=False)), returned
         except SurroundingsError:
             self.detach(returned)
@@ -213,7 +242,7 @@ class Program(LoadedPrograms):
             SurroundingsError: the kernel refuses.
         """
         for tracepoint in _LOOP_TRACEPOINTS:
-            self._keep(attach_raw_tracepoint(self._program(f"loop_{tracepoint}"), tracepoint))
+            self._keep(attach_raw_tracepoint(self.program(f"loop_{tracepoint}"), tracepoint))
 
     def watch_loop(self, tid: int) -> None:
         """Follow the event loop that this thread runs."""
@@ -270,6 +299,8 @@ def _check_layout(leaf_types: Mapping[str, str]) -> None:
         ("calls_in_progress", "event"),
         ("counters", "probe_counters"),
         ("loops", "loop_state"),
+        ("sampled", "sampled_thread"),
+        ("off_cpu", "stack_sample"),
         ("listeners", "watched_listener"),
         ("counted_requests", "counted_requests"),
     ):

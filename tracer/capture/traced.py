@@ -25,11 +25,16 @@ from stallscope.tracer.capture.program import (
     FIRST_LISTENER_PROBE,
     ITERATION_PROBE,
     QUEUE_PROBE,
+    STACK_PROBE,
     CallProbe,
     LoadedPrograms,
+    MoreSources,
     Program,
 )
 from stallscope.tracer.capture.redis_target import Target
+from stallscope.tracer.capture.stack_capture import StackCapture
+from stallscope.tracer.capture.stack_reader import stack_probe
+from stallscope.tracer.capture.stack_sampler import StackOptions, stack_sources
 from stallscope.tracer.capture.symbols import Resolution, resolve
 from stallscope.tracer.errors import StallscopeError, SurroundingsError
 from stallscope.tracer.manifest import (
@@ -59,6 +64,7 @@ class TraceOptions:
         min_duration_ns: calls shorter than this are counted in the kernel, not recorded.
         stall_ns: event loop iterations shorter than this are counted, not recorded.
         ring_bytes: size of each ring buffer, a power of two.
+        stacks: when to sample stacks, None for never.
     """
 
     functions: Sequence[str]
@@ -66,6 +72,7 @@ class TraceOptions:
     stall_ns: int
     sample_ns: int
     ring_bytes: int
+    stacks: StackOptions | None = None
 
 
 def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
@@ -91,6 +98,7 @@ class TracedSet:
         self._listener_loader: Loader | None = Loader() if may_be_hooked() else None
         self._is_listener_planned = False
         self._listener: ListenerProgram | None = None
+        self.stacks: StackCapture | None = None
         self._programs: list[LoadedPrograms] = []
         self._owner: dict[int, Program] = {}
         self._ids: dict[tuple[str, int, Decoder], int] = {}
@@ -155,6 +163,12 @@ class TracedSet:
         """Return how the listener is hooked: ``fentry``, ``kprobe``, both, or "" for not at all."""
         return " and ".join(sorted(set(self._listener.plan.rungs.values()))) if self._listener is not None else ""
 
+    @property
+    def stack_rung(self) -> str:
+        """Return how stacks are sampled."""
+        sampled = next((probe.rung for probe in self.probes if probe.id == STACK_PROBE), "")
+        return sampled or "not sampled"
+
     def counted_requests(self, *, watched: bool) -> dict[int, dict[str, int]]:
         """Return :meth:`ListenerProgram.counted_requests`; empty where the kernel's side is not hooked."""
         return self._listener.counted_requests(watched=watched) if self._listener is not None else {}
@@ -173,6 +187,8 @@ class TracedSet:
         for program, handle in self._handles.pop(pid, []):
             program.detach(handle)
         self.base.unwatch_loop(pid)
+        if self.stacks is not None:
+            self.stacks.remove(pid)
         target = self.targets.pop(pid, None)
         if target is not None:
             target.close()
@@ -200,6 +216,8 @@ class TracedSet:
             totals |= program.counters(probe for probe, owner in self._owner.items() if owner is program)
         if self._listener is not None:
             totals |= self._listener.counters(LISTENER_PROBES)
+        if self.stacks is not None:
+            totals[STACK_PROBE] = self.stacks.counters()
         return totals
 
     def stop(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
@@ -230,6 +248,9 @@ class TracedSet:
             if loader is not None:
                 loader.close()
         self._loader = self._listener_loader = None
+        if self.stacks is not None:
+            self.stacks.close()
+        self.stacks = None
         for program in self._programs:
             program.close()
         self._programs.clear()
@@ -290,6 +311,7 @@ class TracedSet:
             min_duration_ns=self.options.min_duration_ns,
             iteration_min_ns=self.options.stall_ns,
             loop=first,
+            more=self._stack_sources() if first else None,
             loader=self._loader,
         )
         self._loader = None
@@ -301,6 +323,24 @@ class TracedSet:
                 self.loop_attached = True
             except SurroundingsError as error:
                 self.note(f"event loop iterations are not measured: {error}")
+            self._load_stacks(program)
+
+    def _stack_sources(self) -> MoreSources | None:
+        try:
+            return stack_sources() if self.options.stacks is not None else None
+        except SurroundingsError as error:
+            self.note(f"stacks are not sampled: {error}")
+            return None
+
+    def _load_stacks(self, program: Program) -> None:
+        if self.options.stacks is None or not program.has("stack_samples"):
+            return
+        try:
+            self.stacks = StackCapture(program, self.options.stacks, self.options.stall_ns)
+        except SurroundingsError as error:
+            self.note(f"stacks are not sampled: {error}")
+            return
+        self.probes.append(stack_probe(self.options.stacks))
 
     def _attach(self, target: Target, plan: Sequence[tuple[int, Decoder, Attachment]]) -> None:
         failures: list[StallscopeError] = []
@@ -321,6 +361,12 @@ class TracedSet:
         if not handles and failures:
             raise failures[0]
         self.base.watch_loop(target.pid)
+        if self.stacks is not None:
+            try:
+                self.stacks.prepare(target.pid)
+                self.stacks.add(target.pid)
+            except SurroundingsError as error:
+                self.note(str(error))
         self.targets[target.pid] = target
 
 
