@@ -23,6 +23,7 @@ from stallscope.tracer.analysis.listener_summary import (
     summarise_listeners,
 )
 from stallscope.tracer.analysis.requests import RequestSummary, summarise_requests
+from stallscope.tracer.analysis.sample_summary import SampleSummary, summarise_samples
 from stallscope.tracer.analysis.stall_summary import StallSummary, summarise_stalls
 from stallscope.tracer.analysis.stalls import loop_observed
 from stallscope.tracer.analysis.tables import Tables
@@ -80,6 +81,7 @@ class Summary:
         warnings: what makes numbers incomplete; notes: what happened, time since the start.
         cost: what tracing cost, as the recorder measured it.
         imported: what other tools said, None where nothing was imported.
+        sampled: where stalls were, by stack samples; None where none were to be taken.
     """
 
     verdict: str
@@ -117,6 +119,7 @@ class Summary:
     notes: tuple[Note, ...]
     cost: dict[str, float]
     imported: ImportedSummary | None = None
+    sampled: SampleSummary | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data: ``_ns``, ``_bytes`` and ``_share`` say the unit of every number."""
@@ -154,7 +157,7 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         stall_basis=stalls.basis,
         stall_count=len(stalls.frame),
         stall_total_ns=int(stalls.frame["duration_ns"].sum()),
-        stalls=summarise_stalls(tables, nested, stalls),
+        stalls=summarise_stalls(tables, nested, stalls, analysis.samples.culprits),
         waits_exact=stalls.waits_exact,
         tree_count=len(analysis.trees.frame),
         trees=summarise_trees(analysis.trees, manifest),
@@ -177,6 +180,7 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         notes=tuple(Note(note.time_ns - manifest.started_ns, note.text) for note in manifest.notes),
         cost=manifest.cost,
         imported=summarise_imported(tables, stalls),
+        sampled=summarise_samples(tables, analysis.samples),
     )
     summary = dataclasses.replace(summary, warnings=warnings(summary, tables, nested))
     return dataclasses.replace(summary, verdict=sentence(summary))
