@@ -7,13 +7,14 @@ DW_CFA_GNU_args_size, which libc has, and makes a dictionary of each row.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from elftools.dwarf.callframe import CIE, FDE, CallFrameInfo
 from elftools.dwarf.structs import DWARFStructs
 
 from stallscope.tracer.unwind.expressions import UnsupportedExpressionError, parse
-from stallscope.tracer.unwind.registers import REGISTER_COUNT
+from stallscope.tracer.unwind.registers import REGISTER_COUNT, RIP, RSP
 from stallscope.tracer.unwind.rules import Kind, RuleSet, RuleTable, RuleTableBuilder
 
 # Opcodes of DWARF 5, 7.24, and GNU's own; the first three carry an argument in their low six bits.
@@ -27,6 +28,7 @@ _VAL_OFFSET, _VAL_OFFSET_SF, _VAL_EXPRESSION = 0x14, 0x15, 0x16
 _GNU_ARGS_SIZE = 0x2E
 
 _NO_CFA = (-1, -1)
+_AS_CALLED = RuleSet((RSP, 8), ((RIP, Kind.OFFSET, -8),), False)
 
 
 class _Row:
@@ -122,7 +124,7 @@ def _general(register: int) -> int:
     return register
 
 
-def decode(content: bytes, address: int) -> RuleTable:
+def decode(content: bytes, address: int, stubs: Sequence[tuple[int, int]] = ()) -> RuleTable:
     """Return the unwind rules of an .eh_frame section.
 
     An entry with an instruction or an expression that no rule of x86-64 needs leaves its function without
@@ -131,18 +133,22 @@ def decode(content: bytes, address: int) -> RuleTable:
     Args:
         content: the section's bytes.
         address: its virtual address in the file.
+        stubs: first address and the one behind the last of code that is known to leave the stack as it was
+            called; what the section says itself of such code goes before.
     """
     structs = DWARFStructs(little_endian=True, dwarf_format=32, address_size=8)
     information = CallFrameInfo(
         stream=io.BytesIO(content), size=len(content), address=address, base_structs=structs, for_eh_frame=True
     )
     builder = RuleTableBuilder()
+    covered: list[tuple[int, int]] = []
     first_rows: dict[int, _Row] = {}
     for entry in information.get_entries():
         if not isinstance(entry, FDE) or not isinstance(entry.cie, CIE):
             continue
         start = int(entry.header["initial_location"])
         end = start + int(entry.header["address_range"])
+        covered.append((start, end))
         try:
             if entry.cie.offset not in first_rows:
                 machine = _Machine(builder, entry.cie, _Row(_NO_CFA, {}))
@@ -150,4 +156,7 @@ def decode(content: bytes, address: int) -> RuleTable:
             _Machine(builder, entry.cie, first_rows[entry.cie.offset]).run(entry.instructions, start, end)
         except (UnsupportedExpressionError, LookupError):
             continue
+    for start, end in stubs:
+        if not any(first < end and start < last for first, last in covered):
+            builder.add(start, end, _AS_CALLED)
     return builder.build()

@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 
 from stallscope.tracer.capture.binary import Binary
-from stallscope.tracer.capture.elf import ElfFile, reading
+from stallscope.tracer.capture.elf import ElfFile, Section, reading
 from stallscope.tracer.capture.symbol_table import SymbolTable
 from stallscope.tracer.unwind import cfi
 from stallscope.tracer.unwind.rules import RuleTable
+from stallscope.tracer.unwind.stubs import stub_names, stub_sections
 
 _rules_by_build_id: dict[str, RuleTable] = {}
 
@@ -60,7 +61,7 @@ class CodeImage:
         self.build_id = elf.build_id
         self._elf = elf
         self._tables = tables
-        self._functions: dict[int, Function | None] = {}
+        self._functions: dict[int, Function] = {}
 
     @classmethod
     def from_file(cls, path: str, *, seen_as: str = "", root: str = "") -> CodeImage:
@@ -102,7 +103,11 @@ class CodeImage:
         section = self._elf.by_name.get(".eh_frame")
         with reading(self._elf.shown):
             content = self._elf.data(section) if section is not None else b""
-            rules = cfi.decode(content, section.address if section is not None else 0)
+            rules = cfi.decode(
+                content,
+                section.address if section is not None else 0,
+                [(stub.address, stub.address + stub.size) for stub in self._stub_sections],
+            )
         if self.build_id:
             _rules_by_build_id[self.build_id] = rules
         return rules
@@ -118,15 +123,31 @@ class CodeImage:
     def function_at(self, address: int) -> Function | None:
         """Return the function that contains a virtual address of this file, None when none is known."""
         with reading(self._elf.shown):
+            for section in self._stub_sections:
+                if section.address <= address < section.address + section.size:
+                    start = max((start for start in self._stubs if start <= address), default=-1)
+                    return Function(self._stubs[start], start) if section.address <= start else None
             for table in self._tables:
                 found = table.at(address)
                 if found is not None:
                     if found.address not in self._functions:
-                        self._functions[found.address] = Function(
-                            min(table.aliases(found.address), key=_plainness), found.address
-                        )
+                        name = min(table.aliases(found.address), key=_plainness)
+                        # A debug file's names carry versions, as clock_gettime@@GLIBC_2.17.
+                        self._functions[found.address] = Function(name.partition("@")[0] or name, found.address)
                     return self._functions[found.address]
         return None
+
+    @cached_property
+    def _stub_sections(self) -> list[Section]:
+        return stub_sections(self._elf)
+
+    @cached_property
+    def _stubs(self) -> dict[int, str]:
+        return stub_names(self._elf, self._name_at)
+
+    def _name_at(self, address: int) -> str:
+        function = self.function_at(address)
+        return function.name if function is not None else ""
 
 
 def _plainness(name: str) -> tuple[int, int, str]:

@@ -18,7 +18,7 @@ from stallscope.tracer.errors import SymbolError
 from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.expressions import evaluate
 from stallscope.tracer.unwind.registers import REGISTER_COUNT, RIP, RSP
-from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleTable
+from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleTable, RuleTableBuilder
 
 MAX_FRAMES = 128
 """Frames kept of one stack; the kernel's own limit is 127 (perf_event_max_stack)."""
@@ -89,7 +89,11 @@ class Frame:
 
 
 class Unwinder:
-    """The mapped code of one process."""
+    """The mapped code of one process.
+
+    Attributes:
+        problems: one line for each file whose rules turned out to be damaged; its frames end as Ended.NO_RULE.
+    """
 
     def __init__(self, mappings: Sequence[CodeMapping], images: Mapping[str, CodeImage]) -> None:
         """Keep what is mapped where.
@@ -99,6 +103,8 @@ class Unwinder:
                 file replaced since), ends a stack as Ended.NO_RULE.
             images: by path.
         """
+        self.problems: list[str] = []
+        self._tables: dict[int, RuleTable] = {}
         self._mappings = sorted(mappings, key=lambda mapping: mapping.start)
         self._starts = np.array([mapping.start for mapping in self._mappings], np.uint64)
         self._ends = np.array([mapping.end for mapping in self._mappings], np.uint64)
@@ -175,17 +181,23 @@ class Unwinder:
         """
         mapped = self._mapping_of(places)
         rules = np.full(len(places), NO_RULE, np.int32)
-        for index in np.unique(mapped):
-            if index >= 0 and self._images[index] is not None:
-                here = mapped == index
-                rules[here] = self.table(int(index)).at(places[here] + self._shifts[index])
+        for index in np.unique(mapped[mapped >= 0]):
+            here = mapped == index
+            rules[here] = self.table(int(index)).at(places[here] + self._shifts[index])
         return mapped, rules
 
     def table(self, index: int) -> RuleTable:
-        """Return the unwind rules of a mapping that has an image."""
-        image = self._images[index]
-        assert image is not None
-        return image.rules
+        """Return the unwind rules of a mapping; none when it has no image or its rules cannot be read."""
+        table = self._tables.get(index)
+        if table is None:
+            image = self._images[index]
+            table = RuleTableBuilder().build()
+            try:
+                table = image.rules if image is not None else table
+            except SymbolError as error:
+                self.problems.append(str(error))
+            self._tables[index] = table
+        return table
 
 
 class _Walk:
@@ -243,12 +255,12 @@ class _Walk:
         for index in np.unique(mapped[rules >= 0]):
             here = (mapped == index) & (rules >= 0)
             table = self._unwinder.table(int(index))
-            self._return(table, rules[here], rows[here])
+            self._return(table, rules[here], rows[here], exact[here])
             next_exact[here] = table.is_signal_frame[rules[here]]
         goes_on = self._ended[rows] == 0
         return rows[goes_on], next_exact[goes_on]
 
-    def _return(self, table: RuleTable, rules: NDArray[np.int32], rows: NDArray[np.int64]) -> None:
+    def _return(self, table: RuleTable, rules: NDArray[np.int32], rows: NDArray[np.int64], exact: Flags) -> None:
         """Give some stacks, whose code is in one file, the registers of their callers, or the reason why not."""
         callee = self._registers[rows]
         kind = table.kind[rules]
@@ -285,7 +297,9 @@ class _Walk:
         # A callee-saved register below the copy was restored before its place was given up: see unwind().
         could_read &= ~(is_lost[:, RIP] | is_lost[:, RSP])
         ended = np.zeros(len(rows), np.uint8)
-        ended[(caller[:, RSP] <= callee[:, RSP]) & ~table.is_signal_frame[rules]] = Ended.NO_PROGRESS
+        # A signal may have its own stack, and a longjmp has left its own when it loads the stack pointer.
+        may_stay = table.is_signal_frame[rules] | (exact & (caller[:, RSP] == callee[:, RSP]))
+        ended[(caller[:, RSP] <= callee[:, RSP]) & ~may_stay] = Ended.NO_PROGRESS
         ended[caller[:, RIP] == 0] = Ended.REACHED_END
         ended[~could_read] = Ended.STACK_TOO_SHORT
         ended[kind[:, RIP] == Kind.UNDEFINED] = Ended.REACHED_END
