@@ -38,7 +38,7 @@ def write_folded(analysis: Analysis, out: BinaryIO) -> None:
     sums = frame.groupby(["pid", "in_stall", "stack", "state"], sort=True, observed=True)["weight_ns"].sum()
     names = process_names(analysis.manifest, frame["pid"].unique().tolist())
     lines: dict[str, int] = {}
-    for (pid, in_stall, stack, state), weight_ns in sums.items():
+    for pid, in_stall, stack, state, weight_ns in sums.reset_index().itertuples(index=False, name=None):
         parts = [f"{names[pid]} ({pid})", *([IN_STALLS if in_stall else BETWEEN_STALLS] if both else [])]
         parts += [item.name for item in _functions(analysis, stack, state)]
         line = ";".join(part.replace(";", ":") for part in parts)
@@ -60,17 +60,12 @@ def write_speedscope(analysis: Analysis, out: BinaryIO) -> None:
         if len(inside):
             profiles.append(_profile(analysis, f"{name}, stalls", inside, frames))
         longest = stalls.loc[inside["stall"].unique()].nlargest(MAX_STALLS, "duration_ns").index.sort_values()
-        for stall in longest:
-            start_s = (int(stalls.at[stall, "start_ns"]) - analysis.manifest.started_ns) / 1e9
-            length = format_duration_ns(int(stalls.at[stall, "duration_ns"]))
-            profiles.append(
-                _profile(
-                    analysis,
-                    f"{name}, stall of {length} at {start_s:.3f} s",
-                    inside.loc[inside["stall"] == stall],
-                    frames,
-                )
+        starts, lengths = (stalls.loc[longest, column].tolist() for column in ("start_ns", "duration_ns"))
+        for stall, start_ns, length_ns in zip(longest.tolist(), starts, lengths, strict=True):
+            place = (
+                f"stall of {format_duration_ns(length_ns)} at {(start_ns - analysis.manifest.started_ns) / 1e9:.3f} s"
             )
+            profiles.append(_profile(analysis, f"{name}, {place}", inside.loc[inside["stall"] == stall], frames))
         if len(inside) < len(mine):
             profiles.append(_profile(analysis, f"{name}, everything sampled", mine, frames))
     document = {
