@@ -70,13 +70,21 @@ struct sampled_thread {
 struct stack_sample {
 	u64 time_ns;	 /* CLOCK_MONOTONIC of the sample, or when the thread left the CPU */
 	u64 duration_ns; /* off the CPU */
-	u64 weight_ns;	 /* what the sample stands for: the sampling period, or duration_ns */
+	u64 weight_ns;	 /* what it stands for: the period, or the absences since the last sample of one */
 	u32 pid;
 	u32 tid;
 	s32 kernel_stack; /* id in the map kernel_stacks, or negative: none, or no place for it */
 	u32 state;	  /* of the task when it left the CPU, 0: it still wanted to run; or STATE_ON_CPU */
 	u32 cpu;
-	u32 length;	   /* bytes of the user stack that could be read */
+	u32 length; /* bytes of the user stack that could be read */
+	/*
+	 * A uretprobe puts the address of its trampoline in place of the return address: where that is in the
+	 * thread's memory (0: no more), and what it was, innermost call first.
+	 */
+	u64 trampoline; /* the page of it; 0: the process has none */
+	u64 probed_ip;	/* the instruction that a uprobe steps over out of line */
+	u64 return_slot[16];
+	u64 return_address[16];
 	u64 registers[17]; /* DWARF numbers 0 to 15, and the program counter */
 	u8 stack[16384];   /* from the stack pointer up */
 };

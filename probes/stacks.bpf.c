@@ -6,12 +6,16 @@
  * them when it comes back and the length of its absence is known.
  *
  * Joined behind loop.bpf.c, whose `loops` say since when an iteration lasts. The build passes PROBE_STACK,
- * STACK_RING_PAGES, MAX_KERNEL_STACKS, MAX_SAMPLED, TASK_PID and TASK_STATE (offsets in struct task_struct).
+ * STACK_RING_PAGES, MAX_KERNEL_STACKS, MAX_SAMPLED, and the offsets of the kernel's struct members: TASK_PID
+ * ...
  */
 
 #define KERNEL_FRAMES	  64
 #define STACK_CHUNK_BYTES 1024
 #define STACK_CHUNKS	  (sizeof(((struct stack_sample *)0)->stack) / STACK_CHUNK_BYTES)
+
+#define RETURN_ADDRESSES \
+	(sizeof(((struct stack_sample *)0)->return_slot) / sizeof(((struct stack_sample *)0)->return_slot[0]))
 
 struct kernel_stack {
 	u64 address[KERNEL_FRAMES];
@@ -26,6 +30,7 @@ BPF_HASH(sampled, u32, struct sampled_thread, MAX_SAMPLED);
 BPF_HASH(off_cpu, u32, struct stack_sample, MAX_SAMPLED);
 
 static void *(*current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
+static u64 (*current_task_address)(void) = (void *)BPF_FUNC_get_current_task;
 static void *(*user_registers_of)(void *task) = (void *)BPF_FUNC_task_pt_regs;
 
 /* Since when the thread's event loop iteration lasts, 0 while it waits for events. */
@@ -34,6 +39,32 @@ static __always_inline u64 iteration_since(u32 tid)
 	struct loop_state *loop = loops.lookup(&tid);
 
 	return loop ? loop->wait_end_ns : 0;
+}
+
+static __always_inline u64 word_at(u64 address)
+{
+	u64 word = 0;
+
+	read_kernel(&word, sizeof(word), (void *)address);
+	return word;
+}
+
+/* What uretprobes have put trampolines in place of: Linux include/linux/uprobes.h, struct return_instance. */
+static __always_inline void copy_return_addresses(struct stack_sample *sample)
+{
+	u64 task = current_task_address();
+	u64 utask = word_at(task + TASK_UTASK);
+	u64 called = utask ? word_at(utask + UTASK_RETURN_INSTANCES) : 0;
+	u64 area = utask ? word_at(word_at(task + TASK_MM) + MM_XOL_AREA) : 0;
+
+	sample->trampoline = area ? word_at(area + XOL_AREA_VADDR) : 0;
+	sample->probed_ip = utask ? word_at(utask + UTASK_VADDR) : 0;
+#pragma unroll
+	for (u32 i = 0; i < RETURN_ADDRESSES; i++) {
+		sample->return_slot[i] = called ? word_at(called + RETURN_INSTANCE_STACK) : 0;
+		sample->return_address[i] = called ? word_at(called + RETURN_INSTANCE_ORIG_RET_VADDR) : 0;
+		called = called ? word_at(called + RETURN_INSTANCE_NEXT) : 0;
+	}
 }
 
 /* The user's registers as they were on entry to the kernel, wherever in it the thread is now, and its stack.
@@ -65,6 +96,7 @@ static __always_inline void copy_user_stack(struct stack_sample *sample)
 	sample->registers[15] = regs.r15;
 	sample->registers[16] = regs.ip;
 
+	copy_return_addresses(sample);
 	sample->length = 0;
 	/* by chunks, because a read that goes beyond the end of the stack fails as a whole */
 #pragma unroll

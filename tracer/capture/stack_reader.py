@@ -18,6 +18,7 @@ from stallscope.probes.catalogue import Field
 from stallscope.tracer.capture.kernel_symbols import kernel_symbols
 from stallscope.tracer.capture.process_code import open_unwinder
 from stallscope.tracer.capture.program import STACK_PROBE
+from stallscope.tracer.capture.return_addresses import restored
 from stallscope.tracer.capture.stack_ring import SAMPLE
 from stallscope.tracer.capture.stack_sampler import StackOptions, StackSampler
 from stallscope.tracer.errors import StallscopeError, TargetError
@@ -136,12 +137,11 @@ class StackReader:
         unwinder = self._unwinder(pid)
         if unwinder is None:
             return [[StackFrame(NOT_UNWOUND, ""), *frames] for frames in kernel]
-        registers = np.ascontiguousarray(samples["registers"])
-        stacks, lengths = np.ascontiguousarray(samples["stack"]), samples["length"]
-        unwound = unwinder.unwind(registers, stacks, lengths)
+        copied = restored(samples)
+        unwound = unwinder.unwind(copied.registers, copied.stacks, copied.lengths)
         if (unwound.ended == Ended.NOT_CODE).any() and self._map_again(pid):
             unwinder = self._code[pid]
-            unwound = unwinder.unwind(registers, stacks, lengths)
+            unwound = unwinder.unwind(copied.registers, copied.stacks, copied.lengths)
         self._name(pid, unwinder, unwound.addresses, unwound.is_exact)
         result = []
         for row, depth in enumerate(unwound.depth.tolist()):

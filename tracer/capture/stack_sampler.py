@@ -32,6 +32,22 @@ _KERNEL_FRAMES = 64
 _ASLEEP_NS = 1_000_000
 """A sleep in an iteration is worth a stack from here on, even where the iteration is no stall yet."""
 
+_MEMBERS = {
+    "TASK_PID": "task_struct.pid",
+    "TASK_STATE": "task_struct.__state",
+    "TASK_MM": "task_struct.mm",
+    "TASK_UTASK": "task_struct.utask",
+    "UTASK_VADDR": "uprobe_task.vaddr",
+    "UTASK_RETURN_INSTANCES": "uprobe_task.return_instances",
+    "RETURN_INSTANCE_STACK": "return_instance.stack",
+    "RETURN_INSTANCE_ORIG_RET_VADDR": "return_instance.orig_ret_vaddr",
+    "RETURN_INSTANCE_NEXT": "return_instance.next",
+    "MM_XOL_AREA": "mm_struct.uprobes_state.xol_area",
+    "XOL_AREA_VADDR": "xol_area.vaddr",
+}
+"""What the program reads of the kernel's structs, by the macro it has for the offset. ``__state`` is ``state`` before
+Linux commit 2f064a59a11f, v5.14, but the helper for user registers came only with v5.15."""
+
 _SAMPLED = struct_dtype("sampled_thread")
 _KERNEL_STACK = np.dtype([("address", "<u8", (_KERNEL_FRAMES,))])
 _ON_CPU, _SWITCHED = "stack_on_cpu", "stack_switched"
@@ -56,7 +72,7 @@ def stack_sources() -> MoreSources:
     Raises:
         SurroundingsError: this kernel has no type information.
     """
-    offsets = kernel_types().offsets(["task_struct.pid", "task_struct.__state"])
+    offsets = kernel_types().offsets(_MEMBERS.values())
     return MoreSources(
         names=("stacks.bpf.c",),
         flags=(
@@ -64,8 +80,7 @@ def stack_sources() -> MoreSources:
             f"-DSTACK_RING_PAGES={RING_BYTES // 4096}",
             f"-DMAX_KERNEL_STACKS={_MAX_KERNEL_STACKS}",
             f"-DMAX_SAMPLED={MAX_SAMPLED}",
-            f"-DTASK_PID={offsets['task_struct.pid']}",
-            f"-DTASK_STATE={offsets['task_struct.__state']}",
+            *(f"-D{name}={offsets[path]}" for name, path in _MEMBERS.items()),
         ),
         programs={_ON_CPU: PERF_EVENT, _SWITCHED: RAW_TRACEPOINT},
         maps=("stack_samples", "kernel_stacks", "sampled", "off_cpu"),
