@@ -11,6 +11,7 @@ import pytest
 
 from stallscope.tracer.capture.elf import ElfFile
 from stallscope.tracer.unwind import cfi
+from stallscope.tracer.unwind.cache import FORMAT, RuleCache
 from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.registers import REGISTER_COUNT, REGISTERS, RIP, RSP
 from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleSet, RuleTable, RuleTableBuilder
@@ -328,3 +329,59 @@ def test_names_of_addresses(tmp_path: Path) -> None:
     frames = unwinder.frames(np.array([process.code("plain", 2), end + 1, end, 5], np.uint64))
     assert [str(frame) for frame in frames] == ["plain", "local", f"libhand.so+{end - BASE:#x}", "0x5"]
     assert frames[0] == Frame("plain", "libhand.so", 2, process.code("plain"))
+
+
+def test_kept_rules_are_the_same(tmp_path: Path) -> None:
+    library = Path("/lib/x86_64-linux-gnu/libm.so.6")
+    if not library.exists():
+        pytest.skip(f"requires {library}")
+    cache = RuleCache(tmp_path / "new" / "cache")
+    image = CodeImage.from_file(str(library))
+    assert cache.load(image.build_id) is None
+    decoded = image.decode()
+    cache.save(image.build_id, decoded)
+    kept = cache.load(image.build_id)
+    assert kept is not None
+    assert kept.expressions == decoded.expressions
+    for name in ("starts", "index", "cfa_register", "cfa_value", "kind", "value", "is_signal_frame"):
+        assert np.array_equal(getattr(kept, name), getattr(decoded, name)), name
+    assert [path.name for path in (tmp_path / "new" / "cache").iterdir()] == [f"{image.build_id}-{FORMAT}.npz"]
+
+
+def test_what_was_kept_is_used_instead_of_decoding(tmp_path: Path) -> None:
+    library = assembled(tmp_path, PLAIN)
+    cache = RuleCache(tmp_path / "cache")
+    builder = RuleTableBuilder()
+    builder.add(5, 6, RuleSet((RBP, 48), ((RIP, Kind.OFFSET, -8),), False))
+    cache.save(CodeImage.from_file(str(library)).build_id, builder.build())
+    assert rules_of(CodeImage.from_file(str(library), cache=cache).rules, 5)["cfa"] == (RBP, 48)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "register", "number", "world"])
+def test_damaged_or_foreign_cache_is_no_cache(tmp_path: Path, damage: str) -> None:
+    build_id = "ab" * 20
+    cache = RuleCache(tmp_path / "cache")
+    builder = RuleTableBuilder()
+    builder.add(5, 6, RuleSet((RSP, 8), ((RIP, Kind.OFFSET, -8), (R12, Kind.REGISTER, R10)), False))
+    table = builder.build()
+    if damage == "register":
+        table.value[0, R12] = 17
+    if damage == "number":
+        table.index[0] = 1
+    cache.save(build_id, table)
+    (path,) = (tmp_path / "cache").iterdir()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-40])
+    if damage == "other":
+        path.write_text("not this")
+    if damage == "world":
+        (tmp_path / "cache").chmod(0o777)
+    assert cache.load(build_id) is None
+
+
+def test_build_id_is_no_path(tmp_path: Path) -> None:
+    cache = RuleCache(tmp_path / "cache")
+    for build_id in ("", "../../etc/passwd", "AB" * 20, "ab" * 20 + "/x"):
+        cache.save(build_id, RuleTableBuilder().build())
+        assert cache.load(build_id) is None
+    assert not (tmp_path / "cache").exists()

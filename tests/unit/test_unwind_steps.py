@@ -57,11 +57,12 @@ def unwind_and_compare(steps: single_step.Steps, misled: dict[str, int], below: 
     for first in range(0, len(steps.truth), AT_ONCE):
         part = slice(first, first + AT_ONCE)
         found = unwinder.unwind(steps.registers[part], stacks[part], lengths[part], below=below)
+        chains = found.places.tolist()
         places = np.unique(found.places[found.places != 0])
         names = dict(zip(places.tolist(), (str(frame) for frame in unwinder.frames(places)), strict=True))
         seen |= set(names.values())
         for row, (truth, exact) in enumerate(zip(steps.truth[part], steps.exact[part], strict=True)):
-            chain = [names[place] for place in found.places[row, : found.depth[row]].tolist()]
+            chain = [names[place] for place in chains[row][: found.depth[row]]]
             if chain[0] == "__longjmp" and chain[1] == "jumps":
                 # As libc declares it: once the target's registers are loaded, the target is the caller.
                 assert truth[0] == found.addresses[row, 0]

@@ -112,7 +112,7 @@ def parse(content: Sequence[int], *, starts_with_cfa: bool) -> Expression:
         name, arguments = operation.op_name, tuple(operation.args)
         if name.startswith("DW_OP_lit"):
             name, arguments = "DW_OP_constu", (int(name[9:]),)
-        elif name.startswith("DW_OP_breg"):
+        elif name.startswith("DW_OP_breg") and name != "DW_OP_bregx":
             name, arguments = "DW_OP_bregx", (int(name[10:]), *arguments)
         if name in _CONSTANTS:
             name, needs, leaves = "DW_OP_constu", 0, 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class UnwoundStacks:
     ended: NDArray[np.uint8]
     is_exact: Flags
 
-    @property
+    @cached_property
     def places(self) -> Words:
         """Every address where its function is to be looked up: return addresses less one, padded with 0."""
         return self.addresses - ((self.addresses != 0) & ~self.is_exact)

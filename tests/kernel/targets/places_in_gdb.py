@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -44,12 +45,20 @@ def main_thread():
     return next(thread for thread in gdb.selected_inferior().threads() if thread.ptid[1] == pid)
 
 
+def function_start(place):
+    """Return where the function around an address starts, by any of its names, 0 when gdb knows none."""
+    known = re.match(r"\S+(?: \+ (\d+))? in section", gdb.execute(f"info symbol {place}", to_string=True))
+    return place - int(known[1] or 0) if known else 0
+
+
 def frames():
-    found, frame = [], gdb.newest_frame()
+    """Return (address, name, start of the function) of each frame, and why there are no more."""
+    found, frame, is_exact = [], gdb.newest_frame(), True
     while frame is not None:
         # Inlined functions and tail calls are gdb's reconstruction: they have no address of their own.
         if frame.type() in (gdb.NORMAL_FRAME, gdb.SIGTRAMP_FRAME):
-            found.append((frame.pc(), frame.name() or "", frame.type() == gdb.SIGTRAMP_FRAME))
+            found.append((frame.pc(), frame.name() or "", function_start(frame.pc() - (not is_exact))))
+            is_exact = frame.type() == gdb.SIGTRAMP_FRAME
         last, frame = frame, frame.older()
     return found, gdb.frame_stop_reason_string(last.unwind_stop_reason())
 
