@@ -37,12 +37,13 @@ def _parts(comparison: Comparison) -> list[list[Line]]:
     for subject in dict.fromkeys(change.subject for change in comparison.changes):
         changes = [change for change in comparison.changes if change.subject == subject]
         parts.append(_subject(subject, changes, comparison.confidence))
-    notes = [Padding(faint(note), INDENT) for note in (*comparison.notes, _legend(comparison))]
+    notes = [Padding(faint(note), INDENT) for note in (*comparison.notes, legend(comparison))]
     return [*parts, [heading("How to read this"), *notes]]
 
 
 def _sides(comparison: Comparison) -> list[Line]:
-    table = table_of("", "recording", "server", "watched", "clients", "connections/s", "commands/s", first_left=True)
+    table = table_of("", "watched", "clients", "connections/s", "commands/s", "recording", first_left=True)
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for name, runs in (("before", comparison.before), ("after", comparison.after)):
         for run in runs:
             table.add_row(name, *_run_cells(run))
@@ -52,7 +53,7 @@ def _sides(comparison: Comparison) -> list[Line]:
 def _run_cells(run: RunSummary) -> list[str]:
     numbers = (run.clients, run.connections_per_s, run.commands_per_s)
     told = ["?" if number is None else f"{number:,.0f}" for number in numbers]
-    return [plain(run.path), plain(run.server), exposure_text(run.exposure_s), *told]
+    return [exposure_text(run.exposure_s), *told, plain(f"{run.path} ({run.server})")]
 
 
 def _subject(subject: str, changes: list[Change], confidence: float) -> list[Line]:
@@ -70,7 +71,7 @@ def _subject(subject: str, changes: list[Change], confidence: float) -> list[Lin
             Text(change_text(change) if change.significant else NONE, style=style),
             interval_text(change),
             p_text(change),
-            f"{change.before.n:,}+{change.after.n:,}",
+            f"{_short(change.before.n)}+{_short(change.after.n)}",
         )
     lines: list[Line] = [heading(subject), Padding(table, INDENT)]
     reasons = dict.fromkeys(change.why_not for change in known if change.why_not)
@@ -102,6 +103,14 @@ def interval_text(change: Change) -> str:
     return f"[{_bound(change.low)}, {high}]"
 
 
+def _short(number: int) -> str:
+    """Return a number in at most four characters and a letter."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 10 * size:
+            return f"{number / size:.0f}{unit}"
+    return f"{number}"
+
+
 def _bound(ratio: float) -> str:
     """Return a bound as a change, in whole percents where that tells enough."""
     return ratio_text(ratio) if ratio >= 3 or ratio < 0.05 else f"{(ratio - 1) * 100:+.0f}%"
@@ -115,7 +124,8 @@ def p_text(change: Change) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _legend(comparison: Comparison) -> str:
+def legend(comparison: Comparison) -> str:
+    """Return what the columns mean and how they were computed."""
     return (
         f"{NONE}: no significant change, at {comparison.confidence:.0%} for all {comparison.comparisons} comparisons "
         "together (Holm). n: events before and after. Rates by exact Poisson tests, times and quantiles by "

@@ -8,7 +8,19 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import diff, doctor, export, imports, plan, probes, record, report, summary, verify
+from stallscope.tracer.commands import (
+    diff,
+    doctor,
+    export,
+    imports,
+    plan,
+    probes,
+    record,
+    report,
+    summary,
+    verify,
+    watch,
+)
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -31,6 +43,7 @@ def cli() -> None:
 
 for _command in (
     record.record,
+    watch.watch,
     summary.summary,
     report.report,
     diff.diff,

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from recordings import CLIENTS, CRON, MS, PURGE, TRIM, Builder, add_storm, manifest, quiet
 
 from stallscope.reports.comparison.compute import AFTER, BEFORE, compute_sides
 from stallscope.reports.comparison.page import describe
+from stallscope.reports.comparison.words import page_of, tables_of, text_of
 from stallscope.tracer.analysis.analysis import Analysis, analyse
+from stallscope.tracer.analysis.compare.comparison import compare
+from stallscope.tracer.analysis.compare.sides import make_side
+from stallscope.tracer.cli import cli
+from stallscope.tracer.errors import UsageError
 from stallscope.tracer.manifest import ProbeCounters
 from stallscope.tracer.recording import read_recording
 
@@ -112,3 +118,48 @@ def test_nothing_in_common_and_nothing_at_all(tmp_path: Path, storm: Analysis) -
     assert compute_sides([empty], [storm]).graph[0].before_total == 0
     document = json.dumps(describe(sides), allow_nan=False)
     assert json.loads(document)["timelines"][0]["queue"]["bin"] == []
+
+
+def test_the_page_says_what_the_terminal_says(storm: Analysis, calm: Analysis) -> None:
+    before, after = make_side([storm]), make_side([calm])
+    comparison = compare(before, after)
+    text = text_of(comparison)
+    assert text.verdict == comparison.headline
+    assert [source.split(":")[0] for source in text.sources] == ["before", "after"]
+    *_, (heading, table) = tables_of(comparison)
+    assert heading == "Every number, before and after"
+    known = [change for change in comparison.changes if change.before.n or change.after.n]
+    assert [(row.cells[0].text, row.cells[1].text) for row in table.rows] == [
+        (change.subject, change.quantity) for change in known
+    ]
+    assert all(len(row.cells) == len(table.columns) for row in table.rows)
+    assert text.mood == "unknown"  # one storm in 4 s is no evidence
+    assert comparison.headline in page_of(comparison, before, after)
+
+
+def test_a_change_that_is_certain_comes_first(tmp_path: Path) -> None:
+    """The trims of one server take 50 ms, those of the other 1 ms, ten times a second for a minute."""
+    sides = []
+    for name, length in (("slow", 50), ("quick", 1)):
+        builder = Builder()
+        for index in range(600):
+            builder.span(TRIM, 100 * index, length + index % 7 * 0.01)
+        sides.append(make_side([analysed(quiet(builder, 60_000), tmp_path / f"{name}.stall", 60_000)]))
+    for before, after, mood in ((sides[0], sides[1], "calm"), (sides[1], sides[0], "trouble")):
+        comparison = compare(before, after)
+        (heading, table), _ = tables_of(comparison)
+        assert heading.startswith("What changed significantly")
+        assert {row.cells[0].text for row in table.rows} == {"sdsRemoveFreeSpace", "stalls"}
+        assert text_of(comparison).mood == mood
+
+
+def test_the_command_writes_it_once(tmp_path: Path, storm: Analysis, calm: Analysis) -> None:
+    page = tmp_path / "diff.html"
+    words = ["diff", str(storm.recording.path), str(calm.recording.path), "-o", str(page)]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    with pytest.raises(UsageError, match=r"diff\.html exists"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
+    with pytest.raises(UsageError, match="is the recording itself"):
+        CliRunner().invoke(cli, [*words[:-1], str(calm.recording.path), "--force"], catch_exceptions=False)
+    assert read_recording(calm.recording.path).complete

@@ -60,10 +60,12 @@ class StackOptions:
     Attributes:
         period_ns: of the samples on the CPU, in the thread's CPU time.
         always: also outside of stalls.
+        on_demand: loaded with the rest, but attached to a process only when :meth:`StackCapture.add` asks for it.
     """
 
     period_ns: int
     always: bool
+    on_demand: bool = False
 
 
 def stack_sources() -> MoreSources:

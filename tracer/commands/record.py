@@ -105,7 +105,7 @@ def record(
         raise UsageError("--ring-size must be a power of two and at least 64K, as 8M")
     trace = TraceOptions(
         requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size,
-        StackOptions(1_000_000_000 // stack_rate, stacks == "always") if stacks else None,
+        stacks=StackOptions(1_000_000_000 // stack_rate, stacks == "always") if stacks else None,
     )  # fmt: skip
     password = os.environ.get("REDISCLI_AUTH", "")
     session = SessionOptions(pids, ports, trace, no_default_probes, password, tuple(sys.argv))
