@@ -23,6 +23,7 @@ from stallscope.tracer.analysis.listener_summary import (
     summarise_listeners,
 )
 from stallscope.tracer.analysis.requests import RequestSummary, summarise_requests
+from stallscope.tracer.analysis.sample_summary import SampleSummary, summarise_samples
 from stallscope.tracer.analysis.stall_summary import StallSummary, summarise_stalls
 from stallscope.tracer.analysis.stalls import loop_observed
 from stallscope.tracer.analysis.tables import Tables
@@ -80,6 +81,7 @@ class Summary:
         warnings: what makes numbers incomplete; notes: what happened, time since the start.
         cost: what tracing cost, as the recorder measured it.
         imported: what other tools said, None where nothing was imported.
+        sampled: where stalls were, by stack samples; None where none were to be taken.
         triggers: what made this capture of ``stallscope watch``, time since the start; further_triggers: how many
             more came true. details: when detail probes were attached, times since the start (``detached_ns`` 0:
             until the end).
@@ -120,6 +122,7 @@ class Summary:
     notes: tuple[Note, ...]
     cost: dict[str, float]
     imported: ImportedSummary | None = None
+    sampled: SampleSummary | None = None
     triggers: tuple[TriggerInfo, ...] = ()
     further_triggers: int = 0
     details: tuple[DetailInfo, ...] = ()
@@ -160,7 +163,7 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         stall_basis=stalls.basis,
         stall_count=len(stalls.frame),
         stall_total_ns=int(stalls.frame["duration_ns"].sum()),
-        stalls=summarise_stalls(tables, nested, stalls),
+        stalls=summarise_stalls(tables, nested, stalls, analysis.samples.culprits),
         waits_exact=stalls.waits_exact,
         tree_count=len(analysis.trees.frame),
         trees=summarise_trees(analysis.trees, manifest),
@@ -183,6 +186,7 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         notes=tuple(Note(note.time_ns - manifest.started_ns, note.text) for note in manifest.notes),
         cost=manifest.cost,
         imported=summarise_imported(tables, stalls),
+        sampled=summarise_samples(tables, analysis.samples),
         triggers=tuple(
             dataclasses.replace(item, time_ns=item.time_ns - manifest.started_ns) for item in manifest.triggers
         ),

@@ -31,7 +31,8 @@ from stallscope.tracer.capture.traced import TracedSet, TraceOptions
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import Manifest, NamespaceInfo, ProbeCounters, TargetInfo
-from stallscope.tracer.recording import joined_events
+from stallscope.tracer.recording import empty_events, joined_events
+from stallscope.tracer.stack_table import StackTable
 
 READ_NS = 50_000_000
 """How often waiting records are fetched; nobody is woken for them."""
@@ -130,9 +131,11 @@ class Session:
         self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
         self._sampler = BacklogSampler()
+        self._stack_table: StackTable | None = None
         try:
             before_ns = measure_system_call_ns()
             self.started_ns = self._add(self._open_all())
+            self._stack_table = self._traced.stacks.table if self._traced.stacks is not None else None
             self.attached_ns = time.monotonic_ns()
             self._wall_offset_ns = time.time_ns() - self.attached_ns
             self._cpu_ns = own_cpu_ns()
@@ -163,6 +166,7 @@ class Session:
         if now_ns >= self._next_read or self._traced.is_filling:
             self._next_read = now_ns + READ_NS
             rows.append(self._look_at(self._traced.read()))
+            rows.append(self._take_stacks())
         if now_ns >= self._next_search:
             self._next_search = now_ns + _SEARCH_NS
             self._follow_targets()
@@ -186,9 +190,12 @@ class Session:
         # the last sample, the kernel's counters and ours at one moment: detaching takes tenths of a second
         sampled = self._sampler.sample(time.monotonic_ns())
         namespaces = self._finished_namespaces()
+        if self._traced.stacks is not None:  # before all else, so that no sample is later than the recording
+            self._traced.stacks.stop(time.monotonic_ns())
         ended_ns, unfinished, counters = self._traced.stop()
         missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
         counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
+        stacks = self._take_stacks(is_last=True)
         self._show(counters, ended_ns)
         manifest = replace(
             self.manifest(),
@@ -198,7 +205,12 @@ class Session:
             ended_by=ended_by,
             cost=self._cost(counters, ended_ns - self.started_ns, used_ns),
         )
-        return joined_events([sampled, counted, _without(unfinished, counted)]), counters, manifest
+        return joined_events([sampled, counted, stacks, _without(unfinished, counted)]), counters, manifest
+
+    @property
+    def stacks(self) -> StackTable | None:
+        """What the ``stack`` numbers of stack samples mean, for whoever writes the rows; it grows."""
+        return self._stack_table
 
     def unfinished(self) -> npt.NDArray[np.void]:
         """Return the calls and stalls that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
@@ -271,6 +283,7 @@ class Session:
             rungs={
                 "functions": "uprobe",
                 "event loop": self._traced.loop_rung or "not measured",
+                **({"stacks": self._traced.stack_rung} if options.stacks is not None else {}),
                 "accept queue": sampled,
                 "overflows": self._traced.listener_rung or sampled.replace("sock_diag, ", "") + ", not per event",
             },
@@ -307,6 +320,16 @@ class Session:
             self.progress.longest_stall_ns = max(self.progress.longest_stall_ns, int(durations.max()))
         self._rows += np.bincount(events["probe"], minlength=MAX_PROBES)
         return events
+
+    def _take_stacks(self, *, is_last: bool = False) -> npt.NDArray[np.void]:
+        """Return the rows of the stack samples that were unwound meanwhile, or all that are left."""
+        stacks = self._traced.stacks
+        if stacks is None:
+            return empty_events()
+        rows, notes = stacks.finish() if is_last else stacks.take()
+        for text in notes:
+            self._traced.note(text)
+        return rows
 
     def _show(self, counters: dict[int, ProbeCounters], now_ns: int) -> None:
         """Update the progress."""
