@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from stallscope.tracer.capture.event_loop import LoopPlan
 from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, CallProbe, Program
 from stallscope.tracer.capture.redis_target import open_target
 from stallscope.tracer.capture.standstill import Span
@@ -120,9 +121,9 @@ def watched(pid: int, threshold_ns: int, *, cron: bool = True) -> Iterator[Watch
 
 
 @contextmanager
-def traced(pid: int, threshold_ns: int) -> Iterator[Program]:
-    """Have raw tracepoints see the same server's event loop: iterations that reach the threshold are in the ring."""
-    program = Program([], ring_bytes=RING_BYTES, min_duration_ns=0, iteration_min_ns=threshold_ns)
+def traced(pid: int, threshold_ns: int, plan: LoopPlan | None = None) -> Iterator[Program]:
+    """See the same server by raw tracepoints, or as planned: iterations that reach the threshold are in the ring."""
+    program = Program([], ring_bytes=RING_BYTES, min_duration_ns=0, iteration_min_ns=threshold_ns, loop_plan=plan)
     try:
         program.attach_loop()
         program.watch_loop(pid)
