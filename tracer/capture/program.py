@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -27,7 +28,7 @@ from stallscope.tracer.capture.bpf import (
 from stallscope.tracer.capture.event_loop import SYSTEM_CALLS, LoopPlan
 from stallscope.tracer.capture.frames import has_left
 from stallscope.tracer.capture.listener import FENTRY_RUNG, KPROBE_RUNG
-from stallscope.tracer.capture.loader import KPROBE, RAW_TRACEPOINT, TRACING, Loader
+from stallscope.tracer.capture.loader import KPROBE, RAW_TRACEPOINT, TRACING, UPROBE, Loader
 from stallscope.tracer.capture.ring import RingReader
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import EVENT, NO_STACK, UNFINISHED_NS, struct_dtype
@@ -103,18 +104,24 @@ class LoadedPrograms:
         self._attached.remove(handle)
         os.close(handle)
 
-    def detach_all(self) -> None:
-        """Let go of every attachment; the maps stay readable.
+    def detach_many(self, handles: Sequence[int]) -> None:
+        """Let go of several attachments; the maps stay readable.
 
-        The kernel waits tens of milliseconds for running probes at each one; side by side it waits once.
+        The kernel waits tens of milliseconds for running probes at each one; side by side it waits once. What was
+        let go of already is left out, so that another thread may call it.
         """
-        self._detach_together(list(self._attached))
+        mine = []
+        for handle in handles:
+            with contextlib.suppress(ValueError):
+                self._attached.remove(handle)
+                mine.append(handle)
+        if mine:
+            with ThreadPoolExecutor(max_workers=len(mine)) as pool:
+                list(pool.map(os.close, mine))
 
-    def _detach_together(self, handles: Sequence[int]) -> None:
-        self._attached = [handle for handle in self._attached if handle not in handles]
-        if handles:
-            with ThreadPoolExecutor(max_workers=len(handles)) as pool:
-                list(pool.map(os.close, handles))
+    def detach_all(self) -> None:
+        """Let go of every attachment; the maps stay readable."""
+        self.detach_many(list(self._attached))
 
     def counters(self, probes: Iterable[int]) -> dict[int, ProbeCounters]:
         """Return the in-kernel counters of these probes, summed over CPUs."""
@@ -191,7 +198,7 @@ class Program(LoadedPrograms):
             f"-DPROBE_ACCEPT={ACCEPT_PROBE}",
             *(f"-DSYS_{name}={number}" for name, number in SYSTEM_CALLS.items()),
         ]
-        programs = {name.format(call.probe): KPROBE for call in calls for name in (_ENTER, _RETURN)}
+        programs = {name.format(call.probe): UPROBE for call in calls for name in (_ENTER, _RETURN)}
 
         def load(loader: Loader | None) -> None:
             hooks = self._loop_hooks() if loop else []
@@ -279,10 +286,12 @@ class Program(LoadedPrograms):
         Which threads are watched is kept, what was under way is not: nobody would see it end.
         """
         handles, self._loop_handles = self._loop_handles, []
-        self._detach_together(handles)
+        self.detach_many(handles)
         self.loop_rung = ""
-        for tid, _ in self._loops.items() if self._loops is not None else ():
-            self.watch_loop(int(tid))
+        if self._loops is not None:
+            loops = BpfMap(self._loops.fd, U32, struct_dtype("loop_state"))  # its own, for another thread
+            for tid, _ in loops.items():
+                loops.update(tid, np.zeros(1, struct_dtype("loop_state"))[0])
 
     def keep_loop_whole(self) -> bool:
         """Go over to raw tracepoints once kprobes missed something; returns whether that was done.
@@ -318,6 +327,28 @@ class Program(LoadedPrograms):
         """Stop following the thread's event loop; unknown threads are ignored."""
         if self._loops is not None:
             self._loops.delete(tid)
+
+    def iterations_under_way(self) -> list[tuple[int, int]]:
+        """Return (thread, start) of the event loop iterations that have not ended, CLOCK_MONOTONIC ns."""
+        loops = self._loops.items(_MAX_LOOPS) if self._loops is not None else ()
+        return [(int(tid), int(states[0]["wait_end_ns"])) for tid, states in loops if states[0]["wait_end_ns"]]
+
+    def calls_under_way(self) -> npt.NDArray[np.void]:
+        """Return the calls that were entered and have not returned (dtype ``EVENT``), also those left by longjmp."""
+        return np.concatenate([np.zeros(0, EVENT), *(call for _, call in self._calls.items())])
+
+    def forget_calls(self, probes: Collection[int], pid: int = 0) -> int:
+        """Forget calls under way of probes that are detached, of one process or all; returns how many there were.
+
+        Nobody will see them return, and they would keep their places for ever.
+        """
+        calls = BpfMap(self._calls.fd, struct_dtype("frame"), EVENT)  # its own, for another thread
+        gone = [
+            frame for frame, call in calls.items() if int(frame["probe"]) in probes and pid in (0, int(call[0]["pid"]))
+        ]
+        for frame in gone:
+            calls.delete(frame)
+        return len(gone)
 
     def unfinished(self) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
         """Return the calls and iterations that have begun and not ended, and the calls that never will.

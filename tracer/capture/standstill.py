@@ -67,6 +67,7 @@ class Standstill:
             moved: it has read or written something since the look before.
         """
         last_ns, self._last_ns = self._last_ns or now_ns, now_ns
+        self._start_ns = self._start_ns or now_ns  # a loop that is met in the midst of a stall
         if not waits and not moved:
             if now_ns - last_ns > LATE * self.interval_ns and not self.is_suspect:
                 # in the time not looked at it may have waited: only what was seen counts
