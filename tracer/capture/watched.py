@@ -24,6 +24,7 @@ from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, Note
 from stallscope.tracer.watch.evaluation import UnderWay
 from stallscope.tracer.watch.preroll import Boundary
+from stallscope.tracer.watch.priority import run_normally
 
 _DISCOVER_NS = 500_000_000
 _PRUNE_NS = 5_000_000_000
@@ -66,7 +67,7 @@ class WatchedSession(Session):
         self._loop: StandingLoop | None = None
         self._ports = set(options.ports)
         self._discovery = Discovery()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="arrivals", initializer=run_normally)
         self._arrivals: list[_Arrival] = []
         self._refused: dict[int, None] = {}
         self._log: deque[Note] = deque()
