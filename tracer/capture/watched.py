@@ -18,6 +18,7 @@ import numpy.typing as npt
 from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target
+from stallscope.tracer.capture.ring import give_memory_back
 from stallscope.tracer.capture.session import Session, SessionOptions
 from stallscope.tracer.capture.standing_loop import StandingLoop
 from stallscope.tracer.errors import StallscopeError
@@ -233,6 +234,7 @@ class WatchedSession(Session):
             except BaseException:
                 target.close()
                 raise
+            target.image.forget()
             self._ports |= set(sorted(listening_ports(pid))[:1])
         now_ns = time.monotonic_ns()
         self._discover(now_ns)
@@ -281,6 +283,8 @@ class WatchedSession(Session):
         except BaseException:
             target.close()
             raise
+        target.image.forget()
+        give_memory_back()
         return target
 
     def _welcome(self) -> None:
