@@ -140,10 +140,6 @@ class WatchedSession(Session):
         self._sampler.repeat()
         return Boundary(now_ns, counters, moment.kernel, moment.watched, moment.elsewhere)
 
-    def unfinished(self) -> npt.NDArray[np.void]:
-        """Return the spans that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
-        return self._traced.unfinished(time.monotonic_ns())
-
     def manifest(self) -> Manifest:
         """Return what is known now about what is traced."""
         return replace(super().manifest(), notes=tuple(self._log))
