@@ -24,14 +24,16 @@ from typing import Any
 from stallscope.tracer.errors import UsageError
 from stallscope.tracer.units import parse_bytes, parse_duration_ns, parse_share
 from stallscope.tracer.watch.captures import CaptureOptions
-from stallscope.tracer.watch.triggers import CALL_TIME, STALL, Trigger, functions_of, parse_trigger, shortest_ns
+from stallscope.tracer.watch.triggers import STALL, Trigger, functions_of, parse_trigger, shortest_ns
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-DETAIL_ON_TRIGGER, DETAIL_ALWAYS = "on-trigger", "always"
+DETAIL = ("on-trigger", "always", "never")
+"""When detail probes are attached."""
+
 LEAST_MEMORY_BYTES = 2**20
 _LOCAL = "127.0.0.1"
 _NS_PER_S = 1_000_000_000
@@ -80,13 +82,13 @@ def _of_text(parse: Callable[[str], Any]) -> Callable[[object], Any]:
 
 
 def _detail(value: object) -> str:
-    if value not in (DETAIL_ON_TRIGGER, DETAIL_ALWAYS):
-        raise UsageError(f'{value!r} is not known; there are "{DETAIL_ON_TRIGGER}" and "{DETAIL_ALWAYS}"')
+    if value not in DETAIL:
+        raise UsageError(f"{value!r} is not known; there are {', '.join(DETAIL)}")
     return str(value)
 
 
 @dataclass(frozen=True)
-class WatchOptions:
+class WatchSettings:
     """Everything ``watch`` can be told; times in ns, sizes in bytes.
 
     Attributes:
@@ -95,12 +97,12 @@ class WatchOptions:
         before_ns, after_ns, cooldown_ns, longest_ns: as in ``CaptureOptions``.
         max_captures, max_disk_bytes: what is kept in ``output``, the folder.
         memory_bytes: bound of the pre-roll, and of what waits to be written.
-        detail: ``on-trigger`` or ``always``.
+        detail: when detail probes are attached, one of ``DETAIL``.
         probes: further functions to trace as detail.
         command: run after each capture, "" for none; command_ns: its time limit. report: draw a page.
         max_overhead: share of a server's time that probes may take.
         metrics: address and port, None for none.
-        sample_ns, ring_bytes: as of ``record``.
+        stall_ns, sample_ns, ring_bytes: as of ``record``.
     """
 
     pids: tuple[int, ...] = ()
@@ -115,14 +117,15 @@ class WatchOptions:
     max_disk_bytes: int = 2**30
     memory_bytes: int = 64 * 2**20
     output: Path = field(default_factory=lambda: Path("captures"))
-    detail: str = DETAIL_ON_TRIGGER
+    detail: str = DETAIL[0]
     probes: tuple[str, ...] = ()
     command: str = ""
     command_ns: int = 60 * _NS_PER_S
     report: bool = False
     max_overhead: float = 0.01
     metrics: tuple[str, int] | None = None
-    sample_ns: int = 10_000_000
+    stall_ns: int = 10_000_000
+    sample_ns: int = 20_000_000
     ring_bytes: int = 8 * 2**20
 
     @property
@@ -133,7 +136,7 @@ class WatchOptions:
 
 @dataclass(frozen=True)
 class _Option:
-    """How one option is written: its member of ``WatchOptions``, how a value is read, whether it may be repeated."""
+    """How one option is written: its member of ``WatchSettings``, how a value is read, whether it may be repeated."""
 
     member: str
     read: Callable[[object], Any]
@@ -149,7 +152,7 @@ OPTIONS: Mapping[str, _Option] = {
     "before": _Option("before_ns", _of_text(parse_duration_ns), reloadable=True),
     "after": _Option("after_ns", _of_text(parse_duration_ns), reloadable=True),
     "cooldown": _Option("cooldown_ns", _of_text(parse_duration_ns), reloadable=True),
-    "max-length": _Option("longest_ns", _of_text(parse_duration_ns), reloadable=True),
+    "longest": _Option("longest_ns", _of_text(parse_duration_ns), reloadable=True),
     "max-captures": _Option("max_captures", _positive, reloadable=True),
     "max-disk": _Option("max_disk_bytes", _of_text(parse_bytes), reloadable=True),
     "memory": _Option("memory_bytes", _of_text(parse_bytes), reloadable=True),
@@ -161,6 +164,7 @@ OPTIONS: Mapping[str, _Option] = {
     "report": _Option("report", _flag, reloadable=True),
     "max-overhead": _Option("max_overhead", _of_text(parse_share), reloadable=True),
     "metrics": _Option("metrics", _of_text(parse_address)),
+    "stall": _Option("stall_ns", _of_text(parse_duration_ns)),
     "sample": _Option("sample_ns", _of_text(parse_duration_ns)),
     "ring-size": _Option("ring_bytes", _of_text(parse_bytes)),
 }
@@ -171,7 +175,7 @@ RELOADABLE = tuple(name for name, option in OPTIONS.items() if option.reloadable
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what a TOML file says, by member of ``WatchOptions``.
+    """Return what a TOML file says, by member of ``WatchSettings``.
 
     Raises:
         UsageError: it cannot be read, has a key that is not known, or a value that is not right; says where.
@@ -200,13 +204,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def watch_options(from_file: Mapping[str, Any], from_command_line: Mapping[str, Any]) -> WatchOptions:
-    """Return the options; both are by member of ``WatchOptions``, hold what was given only, and the latter wins.
+def watch_settings(from_file: Mapping[str, Any], from_command_line: Mapping[str, Any]) -> WatchSettings:
+    """Return the options; both are by member of ``WatchSettings``, hold what was given only, and the latter wins.
 
     Raises:
         UsageError: nothing to watch, nothing to wait for, or values that do not go together.
     """
-    options = WatchOptions(**{**from_file, **from_command_line})
+    options = WatchSettings(**{**from_file, **from_command_line})
     if not (options.pids or options.ports or options.all_redis):
         raise UsageError("nothing to watch; name a server with --port PORT or -p PID, or take --all-redis")
     if not options.triggers:
@@ -214,7 +218,7 @@ def watch_options(from_file: Mapping[str, Any], from_command_line: Mapping[str, 
     if options.memory_bytes < LEAST_MEMORY_BYTES:
         raise UsageError("--memory is below 1M; a pre-roll needs more")
     if options.longest_ns < options.before_ns + options.after_ns:
-        raise UsageError("--max-length is shorter than --before and --after together; a capture would never be whole")
+        raise UsageError("--longest is shorter than --before and --after together; a capture would never be whole")
     if options.sample_ns < 1_000_000:
         raise UsageError("--sample is below 1ms; the sampler would cost more than it shows")
     if options.ring_bytes < 65536 or options.ring_bytes & (options.ring_bytes - 1):
@@ -222,11 +226,11 @@ def watch_options(from_file: Mapping[str, Any], from_command_line: Mapping[str, 
     return options
 
 
-def reloaded(now: WatchOptions, wanted: WatchOptions) -> tuple[WatchOptions, tuple[str, ...], tuple[str, ...]]:
+def reloaded(now: WatchSettings, wanted: WatchSettings) -> tuple[WatchSettings, tuple[str, ...], tuple[str, ...]]:
     """Return the options after SIGHUP.
 
     Triggers are taken up when the probes that are attached can see them: no function that was not asked for before,
-    and no shorter bound on iterations or calls.
+    and no iterations shorter than are recorded.
 
     Returns:
         The options as they may be now, the names of those that changed, and of those that need a restart.
@@ -237,7 +241,7 @@ def reloaded(now: WatchOptions, wanted: WatchOptions) -> tuple[WatchOptions, tup
         before, after = getattr(now, option.member), getattr(wanted, option.member)
         if before == after:
             continue
-        if option.reloadable and (name != "trigger" or _is_visible(before, after)):
+        if option.reloadable and (name != "trigger" or _is_visible(now, after)):
             members[option.member] = after
             changed.append(name)
         else:
@@ -245,14 +249,10 @@ def reloaded(now: WatchOptions, wanted: WatchOptions) -> tuple[WatchOptions, tup
     return replace(now, **members), tuple(changed), tuple(restart)
 
 
-def _is_visible(before: tuple[Trigger, ...], after: tuple[Trigger, ...]) -> bool:
-    new_functions = set(functions_of(after)) - set(functions_of(before))
-    never_ns = 2**62
-    shorter = any(
-        shortest_ns(after, quantity, never_ns) < shortest_ns(before, quantity, never_ns)
-        for quantity in (STALL, CALL_TIME)
-    )
-    return not new_functions and not shorter
+def _is_visible(now: WatchSettings, wanted: tuple[Trigger, ...]) -> bool:
+    new_functions = set(functions_of(wanted)) - set(functions_of(now.triggers))
+    recorded_ns = min(now.stall_ns, shortest_ns(now.triggers, STALL, now.stall_ns))
+    return not new_functions and shortest_ns(wanted, STALL, recorded_ns) >= recorded_ns
 
 
-assert {option.member for option in OPTIONS.values()} == {item.name for item in fields(WatchOptions)}
+assert {option.member for option in OPTIONS.values()} == {item.name for item in fields(WatchSettings)}
