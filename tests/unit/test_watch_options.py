@@ -14,11 +14,11 @@ from stallscope.tracer.units import parse_share
 from stallscope.tracer.watch.options import (
     OPTIONS,
     RELOADABLE,
-    WatchSettings,
+    WatchOptions,
     parse_address,
     read_config,
     reloaded,
-    watch_settings,
+    watch_options,
 )
 from stallscope.tracer.watch.triggers import parse_triggers
 
@@ -40,7 +40,7 @@ def test_a_file_says_everything_the_command_line_can(tmp_path: Path) -> None:
         before = "2s"
         after = "3s"
         cooldown = "5m"
-        longest = "1m"
+        max-length = "1m"
         max-captures = 7
         max-disk = "2G"
         memory = "32M"
@@ -52,17 +52,15 @@ def test_a_file_says_everything_the_command_line_can(tmp_path: Path) -> None:
         report = true
         max-overhead = "0.5%"
         metrics = ":9121"
-        stall = "20ms"
-        sample = "30ms"
+        sample = "20ms"
         ring-size = "16M"
     """
-    assert watch_settings(read_config(config(tmp_path, text)), {}) == WatchSettings(
+    assert watch_options(read_config(config(tmp_path, text)), {}) == WatchOptions(
         pids=(4711, 4712), ports=(6379,), all_redis=True, triggers=parse_triggers(["stall>50ms", "overflow>0"]),
         before_ns=2 * 10**9, after_ns=3 * 10**9, cooldown_ns=300 * 10**9, longest_ns=60 * 10**9, max_captures=7,
         max_disk_bytes=2 * 2**30, memory_bytes=32 * 2**20, output=Path("/var/lib/stallscope"), detail="always",
         probes=("dictRehashMilliseconds",), command="mail -s stall root", command_ns=10 * 10**9, report=True,
-        max_overhead=0.005, metrics=("127.0.0.1", 9121), stall_ns=20_000_000, sample_ns=30_000_000,
-        ring_bytes=16 * 2**20,
+        max_overhead=0.005, metrics=("127.0.0.1", 9121), sample_ns=20_000_000, ring_bytes=16 * 2**20,
     )  # fmt: skip
     assert all(f"{name} =" in text for name in OPTIONS), "every option is in this test"
 
@@ -80,7 +78,7 @@ def test_a_file_says_everything_the_command_line_can(tmp_path: Path) -> None:
         ("max-captures = true", '"max-captures": True is not a number above 0'),
         ("port = 70000", '"port": 70000 is not a TCP port'),
         ("report = 'yes'", "\"report\": 'yes' is neither true nor false"),
-        ("detail = 'often'", "\"detail\": 'often' is not known; there are on-trigger, always, never"),
+        ("detail = 'never'", "\"detail\": 'never' is not known; there are"),
         ("max-overhead = '1'", '"max-overhead": cannot read "1" as a share; write a percentage, as 1% or 0.5%'),
         ("metrics = 'localhost'", '"metrics": cannot read "localhost" as an address'),
         ("metrics = {a = 1}", "\"metrics\": {'a': 1} is not a text"),
@@ -109,7 +107,7 @@ GIVEN = {"ports": (6379,), "triggers": parse_triggers(["stall>50ms"])}
 
 
 def test_the_command_line_wins() -> None:
-    options = watch_settings({**GIVEN, "before_ns": 1, "after_ns": 2}, {"before_ns": 3})
+    options = watch_options({**GIVEN, "before_ns": 1, "after_ns": 2}, {"before_ns": 3})
     assert (options.before_ns, options.after_ns, options.ports) == (3, 2, (6379,))
     assert options.capture.before_ns == 3
 
@@ -120,18 +118,18 @@ def test_the_command_line_wins() -> None:
         ({"ports": ()}, "nothing to watch"),
         ({"triggers": ()}, "nothing to wait for"),
         ({"memory_bytes": 1000}, "--memory is below 1M"),
-        ({"longest_ns": 10**9}, "--longest is shorter than --before and --after together"),
+        ({"longest_ns": 10**9}, "--max-length is shorter than --before and --after together"),
         ({"sample_ns": 10}, "--sample is below 1ms"),
         ({"ring_bytes": 100_000}, "--ring-size must be a power of two"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changed: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        watch_settings({**GIVEN, **changed}, {})
+        watch_options({**GIVEN, **changed}, {})
 
 
 def test_a_reload_changes_what_it_may_and_says_the_rest() -> None:
-    now = watch_settings(GIVEN, {})
+    now = watch_options(GIVEN, {})
     wanted = replace(now, before_ns=1, ports=(6380,), max_captures=3, command="true", ring_bytes=2**20)
     after, changed, restart = reloaded(now, wanted)
     assert changed == ("before", "max-captures", "exec")
@@ -145,13 +143,12 @@ def test_a_reload_changes_what_it_may_and_says_the_rest() -> None:
     [
         (["stall>80ms"], True),
         (["stall>50ms", "overflow>0"], True),
-        (["stall>10ms"], True),
-        (["stall>9ms"], False),
+        (["stall>20ms"], False),
         (["stall>50ms", "call:je_pages_purge>1ms"], False),
     ],
 )
 def test_triggers_are_taken_up_when_the_attached_probes_can_see_them(triggers: list[str], is_taken: bool) -> None:
-    now = watch_settings(GIVEN, {})
+    now = watch_options(GIVEN, {})
     after, changed, restart = reloaded(now, replace(now, triggers=parse_triggers(triggers)))
     assert (changed, restart) == ((("trigger",), ()) if is_taken else ((), ("trigger",)))
     assert (after.triggers == parse_triggers(triggers)) == is_taken
@@ -185,7 +182,7 @@ def test_any_address_and_share_is_read_or_refused(text: str) -> None:
 
 
 def test_the_packaged_file_is_right() -> None:
-    options = watch_settings(read_config(EXAMPLE), {})
+    options = watch_options(read_config(EXAMPLE), {})
     assert options.triggers
     assert options.metrics is None or options.metrics[0] == "127.0.0.1"
     commented = {

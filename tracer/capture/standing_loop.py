@@ -45,6 +45,7 @@ class StandingLoop:
         self._attached_ns = _NEVER_NS
         self._not_ours: set[_HandedOver] = set()
         self._crons: tuple[int, ...] = ()
+        self._are_crons_trusted = True
         if self._watchdog is not None:
             probe = self._watchdog.probe()
             fields = (*ITERATION_FIELDS, *(one for one in probe.fields if one not in ITERATION_FIELDS))
@@ -86,7 +87,7 @@ class StandingLoop:
         """Tell the watchdog of finished calls of serverCron; returns the events that are to be kept."""
         if self._watchdog is None or not len(events):
             return events
-        if self._crons:
+        if self._crons and self._are_crons_trusted:
             crons = events[np.isin(events["probe"], self._crons)]
             if len(crons):
                 self._watchdog.take_crons(crons[np.argsort(crons["start_ns"], kind="stable")])
@@ -99,6 +100,13 @@ class StandingLoop:
     def follow(self, cron_probes: tuple[int, ...]) -> None:
         """Learn which probes are serverCron."""
         self._crons = cron_probes
+
+    def trust_crons(self, trusted: bool) -> None:
+        """Take serverCron for a witness, or not while its calls are not all seen: it would seem to come late."""
+        self._are_crons_trusted = trusted
+        if self._watchdog is not None:
+            for pid in self._traced.targets:
+                self.add(pid)  # begins without a memory
 
     def under_way(self) -> list[UnderWay]:
         """Return the iterations that have not ended: those the tracepoints saw begin, and those that stand still."""

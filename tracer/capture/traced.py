@@ -107,11 +107,12 @@ class TracedSet:
         self._programs: list[LoadedPrograms] = []
         self._owner: dict[int, Program] = {}
         self._ids: dict[tuple[str, int, Decoder], int] = {}
-        self._handles: dict[int, list[tuple[Program, int]]] = {}
         self._plans: dict[int, list[Place]] = {}
         self._used_ns: dict[int, int] = {}
         self._preparing: set[int] = set()
         self._lock = threading.Lock()
+        self.standing = OnDemand(self._owner_of)
+        self.standing.attach()
         self.on_demand = OnDemand(self._owner_of)
 
     @property
@@ -196,11 +197,17 @@ class TracedSet:
 
     def remove(self, pid: int) -> None:
         """Let go of a process that has ended (or is to be left alone)."""
-        self.on_demand.remove(pid, self._handles.pop(pid, []))
+        self.standing.remove(pid)
+        self.on_demand.remove(pid)
         self.base.unwatch_loop(pid)
         target = self.targets.pop(pid, None)
         if target is not None:
             target.close()
+
+    @property
+    def is_detaching(self) -> bool:
+        """Return whether probes are being detached in the background."""
+        return self.standing.is_detaching or self.on_demand.is_detaching
 
     def calls_under_way(self) -> npt.NDArray[np.void]:
         """Return the calls that were entered and have not returned (dtype ``EVENT``), also those left by longjmp."""
@@ -241,7 +248,7 @@ class TracedSet:
                 if not isinstance(program, Program) or mine & in_use:
                     self._used_ns[id(program)] = now_ns
                     continue
-                if now_ns - self._used_ns.setdefault(id(program), now_ns) < after_ns or self.on_demand.is_detaching:
+                if now_ns - self._used_ns.setdefault(id(program), now_ns) < after_ns or self.is_detaching:
                     continue
                 self._used_ns.pop(id(program))
                 self._programs.remove(program)
@@ -313,19 +320,24 @@ class TracedSet:
             unfinished), and the in-kernel counters at that moment. Records up to it, and some later ones,
             are still to be read.
         """
+        now_ns, unfinished, counters = self.state()
+        for program in self._programs:
+            program.detach_all()
+        return now_ns, unfinished, counters
+
+    def state(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
+        """Return what :meth:`stop` returns, of this moment; nothing is detached."""
         spans = [program.unfinished() for program in self._programs if isinstance(program, Program)]
         counters = self.counters()
-        ended_ns = time.monotonic_ns()
+        now_ns = time.monotonic_ns()
         unfinished, left = _under_way(
-            np.concatenate([unfinished for unfinished, _ in spans]), ended_ns, self.options.stall_ns
+            np.concatenate([unfinished for unfinished, _ in spans]), now_ns, self.options.stall_ns
         )
         left = np.concatenate([left, *(left_behind for _, left_behind in spans)])
         for probe, count in zip(*np.unique(left["probe"], return_counts=True), strict=True):
             counter = counters[int(probe)]
             counters[int(probe)] = replace(counter, abandoned=counter.abandoned + int(count))
-        for program in self._programs:
-            program.detach_all()
-        return ended_ns, unfinished, counters
+        return now_ns, unfinished, counters
 
     def close(self) -> None:
         """Detach and free everything; may be called at any time, more than once."""
@@ -333,6 +345,7 @@ class TracedSet:
             if loader is not None:
                 loader.close()
         self._loader = self._listener_loader = None
+        self.standing.close()
         self.on_demand.close()
         for program in self._programs:
             program.close()
@@ -428,26 +441,21 @@ class TracedSet:
         self.probes = [replace(info, rung=rung) if info.kind in (ITERATION, ACCEPT) else info for info in self.probes]
 
     def _attach(self, target: Target, plan: Sequence[Place]) -> None:
-        failures: list[StallscopeError] = []
-        handles = self._handles.setdefault(target.pid, [])
-        for place in plan:
-            program, attachment = self._owner[place.probe], place.attachment
-            try:
-                if not place.on_demand:
-                    handles += [
-                        (program, handle)
-                        for handle in program.attach_call(place.probe, attachment.path, attachment.offset, target.pid)
-                    ]
-            except SurroundingsError as error:
-                failures.append(error)
-                self.note(str(error))
-                continue
-            with self._lock:
-                index = next(index for index, info in enumerate(self.probes) if info.id == place.probe)
-                if target.pid not in self.probes[index].pids:
-                    self.probes[index] = replace(self.probes[index], pids=(*self.probes[index].pids, target.pid))
-        if not handles and failures:
-            raise failures[0]
+        places = [place for place in plan if not place.on_demand]
+        failures = self.standing.add(target.pid, places)
+        for text in failures:
+            self.note(text)
+        if failures and len(failures) == len(plan):
+            self.standing.remove(target.pid)
+            raise SurroundingsError(failures[0])
+        with self._lock:
+            mine = {place.probe for place in plan}
+            self.probes = [
+                replace(info, pids=(*info.pids, target.pid))
+                if info.id in mine and target.pid not in info.pids
+                else info
+                for info in self.probes
+            ]
         self.base.watch_loop(target.pid)
         self.targets[target.pid] = target
         for text in self.on_demand.add(target.pid, [place for place in plan if place.on_demand]):

@@ -31,13 +31,13 @@ import numpy.typing as npt
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.capture.event_loop import WAITS
 from stallscope.tracer.capture.program import ITERATION_PROBE
-from stallscope.tracer.capture.standstill import Span, Standstill, late_iteration, longest_iteration
+from stallscope.tracer.capture.standstill import Span, Standstill, late_iteration, longest_iteration, merged
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import EVENT, NO_STACK
 from stallscope.tracer.manifest import ITERATION, ProbeInfo
 from stallscope.tracer.units import format_duration_ns
 
-SAMPLED_FIELDS = (Field("run_delay_ns", "ns it was ready to run and got no CPU", 2),)
+SAMPLED_FIELDS = (Field("run_delay_ns", "ns it was ready to run and got no CPU, at least", 2),)
 """What the values of a sampled iteration mean; how many clients were ready nobody knows."""
 
 _LOOKS_PER_STALL = 10
@@ -49,6 +49,9 @@ _MAX_SHARE = 0.01
 _NICENESS = -20
 _FEWEST_LOOKS_PER_STALL = 3
 _CRONS_KEPT = 64
+_CRON_PATIENCE_NS = 2_000_000_000
+"""A stall is handed over once serverCron has been called after it, or after this time at the latest."""
+
 _MAX_CRON_PERIOD_MS = 1000
 """Redis's smallest hz is 1; what claims more is not serverCron's result."""
 
@@ -77,8 +80,8 @@ class _Loop:
     delay_ns: int = -1
     crons: deque[Span] = field(default_factory=lambda: deque(maxlen=_CRONS_KEPT))
     period_ns: int = 0
-    reported: Span = field(default_factory=lambda: Span(0, 0))
-    late: list[Span] = field(default_factory=list)
+    ended: list[Span] = field(default_factory=list)
+    delays: dict[Span, int] = field(default_factory=dict)
 
     def look(self) -> tuple[bool, bool]:
         """Return whether it waits for events, and whether it has read or written since the last look."""
@@ -178,8 +181,9 @@ class Watchdog:
             now_ns: CLOCK_MONOTONIC.
 
         Returns:
-            The stalls that have ended since the last sample (dtype ``EVENT``), and those in progress. A process
-            that has ended is left out; ``remove`` is still to be called for it.
+            The stalls that have ended and are known whole (dtype ``EVENT``): where serverCron is probed, once it was
+            called after them. And those in progress, at once. A process that has ended is left out; ``remove`` is
+            still to be called for it.
         """
         began_ns = time.thread_time_ns()
         ended: list[npt.NDArray[np.void]] = []
@@ -228,7 +232,7 @@ class Watchdog:
             if loop.crons and loop.period_ns:
                 late = late_iteration(loop.crons[-1], cron, loop.period_ns)
                 if late.duration_ns >= self.threshold_ns:
-                    loop.late.append(late)
+                    loop.ended.append(late)
             period_ms = int(row["value"][2]) & 0xFFFFFFFF
             loop.period_ns = period_ms * 1_000_000 if 0 < period_ms <= _MAX_CRON_PERIOD_MS else 0
             loop.crons.append(cron)
@@ -236,30 +240,36 @@ class Watchdog:
     def _look(self, loop: _Loop, now_ns: int) -> list[npt.NDArray[np.void]]:
         waits, moved = loop.look()
         span = loop.standstill.look(now_ns, waits=waits, moved=moved)
-        rows = []
         if span is not None:
             span = self._longest_iteration(loop, span)
             if span.duration_ns >= self.threshold_ns:
-                rows.append(self._row(loop, span))
+                loop.ended.append(span)
+                loop.delays[span] = min(loop.run_delay_ns() - loop.delay_ns, span.duration_ns)
         if waits or moved:
             loop.delay_ns = -1
         elif loop.delay_ns < 0:
             loop.delay_ns = loop.run_delay_ns()
-        late, loop.late = loop.late, []
-        for span in late:
-            known = (loop.reported, Span(loop.standstill.since_ns or now_ns, now_ns))
-            if not any(span.overlaps(other) for other in known):
-                rows.append(self._row(loop, span))
-        return rows
+        return self._ready_rows(loop, now_ns) if loop.ended else []
 
-    def _row(self, loop: _Loop, span: Span) -> npt.NDArray[np.void]:
-        row = np.zeros(1, EVENT)
-        row["start_ns"], row["duration_ns"] = span.start_ns, span.duration_ns
-        row["pid"], row["tid"], row["probe"], row["stack"] = loop.pid, loop.tid, ITERATION_PROBE, NO_STACK
-        if loop.delay_ns >= 0:
-            row["value"][0, 2] = min(loop.run_delay_ns() - loop.delay_ns, span.duration_ns)
-        loop.reported = span
-        return row
+    def _ready_rows(self, loop: _Loop, now_ns: int) -> list[npt.NDArray[np.void]]:
+        """Return the stalls that nothing can be added to any more: serverCron was called after them, or never is."""
+        since_ns = loop.standstill.since_ns or now_ns
+        called_ns = loop.crons[-1].start_ns if loop.crons else now_ns
+        rows = []
+        waiting = []
+        for span in merged(loop.ended, 2 * loop.standstill.interval_ns):
+            is_over = span.end_ns <= max(called_ns, now_ns - _CRON_PATIENCE_NS) and span.end_ns <= since_ns
+            if not is_over:
+                waiting.append(span)
+                continue
+            row = np.zeros(1, EVENT)
+            row["start_ns"], row["duration_ns"] = span.start_ns, span.duration_ns
+            row["pid"], row["tid"], row["probe"], row["stack"] = loop.pid, loop.tid, ITERATION_PROBE, NO_STACK
+            of_it = [part for part in loop.delays if span.start_ns <= part.start_ns and part.end_ns <= span.end_ns]
+            row["value"][0, 2] = sum(loop.delays.pop(part) for part in of_it)
+            rows.append(row)
+        loop.ended = waiting
+        return rows
 
     def _longest_iteration(self, loop: _Loop, standstill: Span) -> Span:
         return longest_iteration(standstill, [cron.start_ns for cron in loop.crons])

@@ -24,16 +24,15 @@ from typing import Any
 from stallscope.tracer.errors import UsageError
 from stallscope.tracer.units import parse_bytes, parse_duration_ns, parse_share
 from stallscope.tracer.watch.captures import CaptureOptions
-from stallscope.tracer.watch.triggers import STALL, Trigger, functions_of, parse_trigger, shortest_ns
+from stallscope.tracer.watch.triggers import CALL_TIME, STALL, Trigger, functions_of, parse_trigger, shortest_ns
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-DETAIL = ("on-trigger", "always", "never")
-"""When detail probes are attached."""
-
+DETAIL_ON_TRIGGER, DETAIL_ALWAYS = "on-trigger", "always"
+DEFAULT_TRIGGERS = ("stall>50ms", "overflow>0")
 LEAST_MEMORY_BYTES = 2**20
 _LOCAL = "127.0.0.1"
 _NS_PER_S = 1_000_000_000
@@ -82,13 +81,13 @@ def _of_text(parse: Callable[[str], Any]) -> Callable[[object], Any]:
 
 
 def _detail(value: object) -> str:
-    if value not in DETAIL:
-        raise UsageError(f"{value!r} is not known; there are {', '.join(DETAIL)}")
+    if value not in (DETAIL_ON_TRIGGER, DETAIL_ALWAYS):
+        raise UsageError(f'{value!r} is not known; there are "{DETAIL_ON_TRIGGER}" and "{DETAIL_ALWAYS}"')
     return str(value)
 
 
 @dataclass(frozen=True)
-class WatchSettings:
+class WatchOptions:
     """Everything ``watch`` can be told; times in ns, sizes in bytes.
 
     Attributes:
@@ -97,12 +96,12 @@ class WatchSettings:
         before_ns, after_ns, cooldown_ns, longest_ns: as in ``CaptureOptions``.
         max_captures, max_disk_bytes: what is kept in ``output``, the folder.
         memory_bytes: bound of the pre-roll, and of what waits to be written.
-        detail: when detail probes are attached, one of ``DETAIL``.
+        detail: ``on-trigger`` or ``always``.
         probes: further functions to trace as detail.
         command: run after each capture, "" for none; command_ns: its time limit. report: draw a page.
         max_overhead: share of a server's time that probes may take.
         metrics: address and port, None for none.
-        stall_ns, sample_ns, ring_bytes: as of ``record``.
+        sample_ns, ring_bytes: as of ``record``.
     """
 
     pids: tuple[int, ...] = ()
@@ -117,14 +116,13 @@ class WatchSettings:
     max_disk_bytes: int = 2**30
     memory_bytes: int = 64 * 2**20
     output: Path = field(default_factory=lambda: Path("captures"))
-    detail: str = DETAIL[0]
+    detail: str = DETAIL_ON_TRIGGER
     probes: tuple[str, ...] = ()
     command: str = ""
     command_ns: int = 60 * _NS_PER_S
     report: bool = False
     max_overhead: float = 0.01
     metrics: tuple[str, int] | None = None
-    stall_ns: int = 10_000_000
     sample_ns: int = 20_000_000
     ring_bytes: int = 8 * 2**20
 
@@ -136,7 +134,7 @@ class WatchSettings:
 
 @dataclass(frozen=True)
 class _Option:
-    """How one option is written: its member of ``WatchSettings``, how a value is read, whether it may be repeated."""
+    """How one option is written: its member of ``WatchOptions``, how a value is read, whether it may be repeated."""
 
     member: str
     read: Callable[[object], Any]
@@ -152,7 +150,7 @@ OPTIONS: Mapping[str, _Option] = {
     "before": _Option("before_ns", _of_text(parse_duration_ns), reloadable=True),
     "after": _Option("after_ns", _of_text(parse_duration_ns), reloadable=True),
     "cooldown": _Option("cooldown_ns", _of_text(parse_duration_ns), reloadable=True),
-    "longest": _Option("longest_ns", _of_text(parse_duration_ns), reloadable=True),
+    "max-length": _Option("longest_ns", _of_text(parse_duration_ns), reloadable=True),
     "max-captures": _Option("max_captures", _positive, reloadable=True),
     "max-disk": _Option("max_disk_bytes", _of_text(parse_bytes), reloadable=True),
     "memory": _Option("memory_bytes", _of_text(parse_bytes), reloadable=True),
@@ -164,7 +162,6 @@ OPTIONS: Mapping[str, _Option] = {
     "report": _Option("report", _flag, reloadable=True),
     "max-overhead": _Option("max_overhead", _of_text(parse_share), reloadable=True),
     "metrics": _Option("metrics", _of_text(parse_address)),
-    "stall": _Option("stall_ns", _of_text(parse_duration_ns)),
     "sample": _Option("sample_ns", _of_text(parse_duration_ns)),
     "ring-size": _Option("ring_bytes", _of_text(parse_bytes)),
 }
@@ -175,7 +172,7 @@ RELOADABLE = tuple(name for name, option in OPTIONS.items() if option.reloadable
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what a TOML file says, by member of ``WatchSettings``.
+    """Return what a TOML file says, by member of ``WatchOptions``.
 
     Raises:
         UsageError: it cannot be read, has a key that is not known, or a value that is not right; says where.
@@ -204,13 +201,43 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def watch_settings(from_file: Mapping[str, Any], from_command_line: Mapping[str, Any]) -> WatchSettings:
-    """Return the options; both are by member of ``WatchSettings``, hold what was given only, and the latter wins.
+def read_options(config: Path | None, given: Mapping[str, Any]) -> WatchOptions:
+    """Return the options of a file and of the command line, which wins.
+
+    Args:
+        config: the file, None for none.
+        given: text by name of the option, a tuple of texts where it may be repeated, True for a flag.
+
+    Raises:
+        UsageError: as of ``read_config`` and ``watch_options``.
+    """
+    from_command_line: dict[str, Any] = {}
+    for name, value in given.items():
+        option = OPTIONS[name]
+        try:
+            read = [option.read(_typed(option, part)) for part in (value if isinstance(value, tuple) else (value,))]
+        except UsageError as error:
+            raise UsageError(f"--{name}: {error}") from error
+        from_command_line[option.member] = tuple(dict.fromkeys(read)) if option.repeated else read[0]
+    from_file = read_config(config) if config is not None else {}
+    if "triggers" not in {*from_file, *from_command_line}:
+        from_file = {**from_file, "triggers": tuple(map(parse_trigger, DEFAULT_TRIGGERS))}
+    return watch_options(from_file, from_command_line)
+
+
+def _typed(option: _Option, text: object) -> object:
+    """Return a number where one is wanted: on the command line everything is text."""
+    is_number = isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 10
+    return int(str(text)) if is_number and option.read in (_positive, _port) else text
+
+
+def watch_options(from_file: Mapping[str, Any], from_command_line: Mapping[str, Any]) -> WatchOptions:
+    """Return the options; both are by member of ``WatchOptions``, hold what was given only, and the latter wins.
 
     Raises:
         UsageError: nothing to watch, nothing to wait for, or values that do not go together.
     """
-    options = WatchSettings(**{**from_file, **from_command_line})
+    options = WatchOptions(**{**from_file, **from_command_line})
     if not (options.pids or options.ports or options.all_redis):
         raise UsageError("nothing to watch; name a server with --port PORT or -p PID, or take --all-redis")
     if not options.triggers:
@@ -218,7 +245,7 @@ def watch_settings(from_file: Mapping[str, Any], from_command_line: Mapping[str,
     if options.memory_bytes < LEAST_MEMORY_BYTES:
         raise UsageError("--memory is below 1M; a pre-roll needs more")
     if options.longest_ns < options.before_ns + options.after_ns:
-        raise UsageError("--longest is shorter than --before and --after together; a capture would never be whole")
+        raise UsageError("--max-length is shorter than --before and --after together; a capture would never be whole")
     if options.sample_ns < 1_000_000:
         raise UsageError("--sample is below 1ms; the sampler would cost more than it shows")
     if options.ring_bytes < 65536 or options.ring_bytes & (options.ring_bytes - 1):
@@ -226,11 +253,11 @@ def watch_settings(from_file: Mapping[str, Any], from_command_line: Mapping[str,
     return options
 
 
-def reloaded(now: WatchSettings, wanted: WatchSettings) -> tuple[WatchSettings, tuple[str, ...], tuple[str, ...]]:
+def reloaded(now: WatchOptions, wanted: WatchOptions) -> tuple[WatchOptions, tuple[str, ...], tuple[str, ...]]:
     """Return the options after SIGHUP.
 
     Triggers are taken up when the probes that are attached can see them: no function that was not asked for before,
-    and no iterations shorter than are recorded.
+    and no shorter bound on iterations or calls.
 
     Returns:
         The options as they may be now, the names of those that changed, and of those that need a restart.
@@ -241,7 +268,7 @@ def reloaded(now: WatchSettings, wanted: WatchSettings) -> tuple[WatchSettings, 
         before, after = getattr(now, option.member), getattr(wanted, option.member)
         if before == after:
             continue
-        if option.reloadable and (name != "trigger" or _is_visible(now, after)):
+        if option.reloadable and (name != "trigger" or _is_visible(before, after)):
             members[option.member] = after
             changed.append(name)
         else:
@@ -249,10 +276,14 @@ def reloaded(now: WatchSettings, wanted: WatchSettings) -> tuple[WatchSettings, 
     return replace(now, **members), tuple(changed), tuple(restart)
 
 
-def _is_visible(now: WatchSettings, wanted: tuple[Trigger, ...]) -> bool:
-    new_functions = set(functions_of(wanted)) - set(functions_of(now.triggers))
-    recorded_ns = min(now.stall_ns, shortest_ns(now.triggers, STALL, now.stall_ns))
-    return not new_functions and shortest_ns(wanted, STALL, recorded_ns) >= recorded_ns
+def _is_visible(before: tuple[Trigger, ...], after: tuple[Trigger, ...]) -> bool:
+    new_functions = set(functions_of(after)) - set(functions_of(before))
+    never_ns = 2**62
+    shorter = any(
+        shortest_ns(after, quantity, never_ns) < shortest_ns(before, quantity, never_ns)
+        for quantity in (STALL, CALL_TIME)
+    )
+    return not new_functions and not shorter
 
 
-assert {option.member for option in OPTIONS.values()} == {item.name for item in fields(WatchSettings)}
+assert {option.member for option in OPTIONS.values()} == {item.name for item in fields(WatchOptions)}
