@@ -292,8 +292,8 @@ def _why_not(number: int, path: str, offset: int, pid: int) -> str:
 def perf_events_refused() -> str:
     """Return why we may not open perf events at all, "" where we may.
 
-    Debian's and Ubuntu's kernels know values of kernel.perf_event_paranoid above 2, which ask for CAP_SYS_ADMIN. A dummy
-    event on ourselves is opened and closed.
+    Debian's and Ubuntu's kernels know values of kernel.perf_event_paranoid above 2, which ask for CAP_SYS_ADMIN. A
+    dummy event on ourselves is opened and closed.
     """
     # struct perf_event_attr, PERF_ATTR_SIZE_VER0: PERF_TYPE_SOFTWARE, PERF_COUNT_SW_DUMMY
     buffer = ctypes.create_string_buffer(struct.pack("=IIQQQQQII", 1, 64, 9, 0, 0, 0, 0, 0, 0), 64)
