@@ -28,7 +28,7 @@ from lab.server import running_server  # noqa: E402
 from screen import on_screen  # noqa: E402
 from tracing import STALLSCOPE, until  # noqa: E402
 
-STALL = re.compile(r"^[\d:.]+ +\d+ ms +\S+ +[1-9][\d,]* +sdsRemoveFreeSpace x.* worst$")
+STALL = re.compile(r"^[\d:]+ max +\d+ ms +\S+ +[1-9][\d,]* +sdsRemoveFreeSpace x")
 
 
 def main() -> None:

@@ -265,7 +265,11 @@ def _stalls(view: LiveView, rows: int) -> list[Text]:
 def _stall(stall: StallView, view: LiveView) -> Text:
     when = datetime.fromtimestamp(stall.wall_ns / 1e9, timezone.utc).strftime("%H:%M:%S.%f")[:-3]
     queue = "?" if stall.queue_max is None else f"{stall.queue_max:,}/{stall.queue_limit:,}"
-    line = Text(f"{when} {format_duration_ns(stall.duration_ns):>9} {queue:>10} ")
+    is_worst = stall == view.worst_stall
+    line = Text()
+    line.append(f"{when[:8]} max" if is_worst else when, style="bold" if is_worst else "")
+    line.append(f" {format_duration_ns(stall.duration_ns):>9}", style="bold" if is_worst else "")
+    line.append(f" {queue:>10} ")
     line.append(f"{stall.overflows:>8,}", style="bold red" if stall.overflows else "")
     line.append("  ")
     share = percent(stall.cause_self_ns, stall.covered_ns)
@@ -279,8 +283,6 @@ def _stall(stall: StallView, view: LiveView) -> Text:
         line.append(f" of the last {format_duration_ns(stall.covered_ns)}")
     if len(view.servers) > 1:
         line.append(f" (pid {stall.pid})", style="dim")
-    if stall == view.worst_stall:
-        line.append("  worst", style="bold red")
     return line
 
 
