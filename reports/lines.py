@@ -9,7 +9,7 @@ from rich.text import Text
 
 INDENT = (0, 0, 0, 2)
 
-Line = Text | Padding
+Line = Text | Padding | Table
 
 
 def stripped(line: list[Segment]) -> list[Segment]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from stallscope.reports import findings_text
 from stallscope.reports.imported import imported_lines
 from stallscope.reports.lines import INDENT, Line, faint, heading, percent, plain, stripped, table_of
+from stallscope.reports.triggers import trigger_lines
 from stallscope.tracer.analysis.functions import FieldSummary, FunctionSummary
 from stallscope.tracer.analysis.listener_summary import ListenerSummary, Reconciliation
 from stallscope.tracer.analysis.overflows import LISTEN_OVERFLOWS
@@ -45,6 +46,8 @@ def render(summary: Summary, console: Console) -> None:
 def _parts(summary: Summary, width: int) -> Iterable[list[Line]]:
     yield [Text(plain(summary.verdict), style="bold")]
     yield _about(summary)
+    if summary.triggers:
+        yield trigger_lines(summary)
     shown = findings_text.findings(summary)
     if shown:
         yield shown

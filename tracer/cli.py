@@ -8,7 +8,20 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import doctor, export, imports, probes, record, report, summary, top
+from stallscope.tracer.commands import (
+    diff,
+    doctor,
+    export,
+    imports,
+    plan,
+    probes,
+    record,
+    report,
+    summary,
+    top,
+    verify,
+    watch,
+)
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -22,17 +35,24 @@ def cli() -> None:
       stallscope doctor                           what can be observed on this machine
       stallscope record --port 6379 -d 1m         record the server on port 6379
       stallscope top --port 6379                  watch it live
+      stallscope watch --port 6379 --trigger 'stall>50ms'    keep what happened around each stall
       stallscope summary FILE.stall               what blocked it, and what was refused
       stallscope report FILE.stall                the same as one page with a timeline
+      stallscope diff BEFORE.stall AFTER.stall    what changed, and what may be chance
+      stallscope verify AFTER.stall --baseline BEFORE.stall    whether a fix did what it should
       stallscope export FILE.stall -f perfetto    the same for another tool
     """
 
 
 for _command in (
     record.record,
+    watch.watch,
     top.top,
     summary.summary,
     report.report,
+    diff.diff,
+    verify.verify,
+    plan.plan,
     export.export,
     imports.import_,
     probes.probes,

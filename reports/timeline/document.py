@@ -12,6 +12,7 @@ from stallscope.probes.catalogue import default_functions
 from stallscope.reports.timeline.columns import Columns
 from stallscope.reports.timeline.compute import Timeline
 from stallscope.reports.timeline.imported import TROUBLE
+from stallscope.reports.triggers import describe as describe_trigger
 from stallscope.tracer.analysis.blame import CAUSES
 
 _NS_PER_S = 1_000_000_000
@@ -48,6 +49,10 @@ def describe(timeline: Timeline) -> tuple[dict[str, Any], str]:
         "rates": _rates(timeline, columns),
         "stalls": _stalls(timeline, columns),
         "imported": _imported(timeline, columns),
+        "triggers": [
+            {"time_ns": item.time_ns, "text": item.text, "seen": describe_trigger(item)}
+            for item in timeline.summary.triggers
+        ],
         "bands": [
             {"kind": band.kind, "start_ns": band.start_ns, "end_ns": band.end_ns, "text": band.text, "pid": band.pid}
             for band in timeline.bands

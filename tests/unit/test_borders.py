@@ -53,6 +53,14 @@ def test_reading_other_tools_needs_neither_capture_nor_analysis(forbidden: str) 
     assert not {place for place in importers(forbidden) if place.startswith("tracer/imports/")}
 
 
+@pytest.mark.parametrize(
+    "forbidden", ["bcc", "pandas", "click", "stallscope.tracer.analysis", "stallscope.tracer.capture"]
+)
+def test_watching_is_thin(forbidden: str) -> None:
+    """It runs beside production servers for weeks; what is said about a capture is said by a child process."""
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/watch/")}
+
+
 def test_nothing_imports_the_command_line() -> None:
     assert importers("stallscope.tracer.cli") == set()
     commands = importers("stallscope.tracer.commands")

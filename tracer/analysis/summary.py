@@ -28,7 +28,7 @@ from stallscope.tracer.analysis.stalls import loop_observed
 from stallscope.tracer.analysis.tables import Tables
 from stallscope.tracer.analysis.trees import TreeSummary, summarise_trees
 from stallscope.tracer.analysis.whatif import DEFAULT_BYTES, WhatIf, what_if
-from stallscope.tracer.manifest import ITERATION, Note, ProbeCounters, TargetInfo
+from stallscope.tracer.manifest import ITERATION, DetailInfo, Manifest, Note, ProbeCounters, TargetInfo, TriggerInfo
 
 SUMMARY_VERSION = 1
 
@@ -80,6 +80,9 @@ class Summary:
         warnings: what makes numbers incomplete; notes: what happened, time since the start.
         cost: what tracing cost, as the recorder measured it.
         imported: what other tools said, None where nothing was imported.
+        triggers: what made this capture of ``stallscope watch``, time since the start; further_triggers: how many
+            more came true. details: when detail probes were attached, times since the start (``detached_ns`` 0:
+            until the end).
     """
 
     verdict: str
@@ -117,6 +120,9 @@ class Summary:
     notes: tuple[Note, ...]
     cost: dict[str, float]
     imported: ImportedSummary | None = None
+    triggers: tuple[TriggerInfo, ...] = ()
+    further_triggers: int = 0
+    details: tuple[DetailInfo, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data: ``_ns``, ``_bytes`` and ``_share`` say the unit of every number."""
@@ -177,9 +183,26 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         notes=tuple(Note(note.time_ns - manifest.started_ns, note.text) for note in manifest.notes),
         cost=manifest.cost,
         imported=summarise_imported(tables, stalls),
+        triggers=tuple(
+            dataclasses.replace(item, time_ns=item.time_ns - manifest.started_ns) for item in manifest.triggers
+        ),
+        further_triggers=manifest.further_triggers,
+        details=_details(manifest),
     )
     summary = dataclasses.replace(summary, warnings=warnings(summary, tables, nested))
     return dataclasses.replace(summary, verdict=sentence(summary))
+
+
+def _details(manifest: Manifest) -> tuple[DetailInfo, ...]:
+    return tuple(
+        dataclasses.replace(
+            item,
+            trigger_ns=item.trigger_ns - manifest.started_ns,
+            attached_ns=item.attached_ns - manifest.started_ns,
+            detached_ns=max(item.detached_ns - manifest.started_ns, 0),
+        )
+        for item in manifest.details
+    )
 
 
 def _loop(tables: Tables, stall_count: int) -> LoopSummary | None:

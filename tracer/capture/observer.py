@@ -84,7 +84,7 @@ class Observer:
         self._fill()
         progress = self._session.progress
         cost = Cost(progress.traced_share, progress.own_share)
-        return self._window.view(now_ns, counters, self._session.under_way(), cost)
+        return self._window.view(now_ns, counters, self._session.unfinished(), cost)
 
     def toggle_capture(self) -> None:
         """Begin a capture, or end the one under way."""

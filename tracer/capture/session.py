@@ -126,7 +126,6 @@ class Session:
         self._targets: dict[int, TargetInfo] = {}
         self._port_of: dict[int, int] = {}
         self._call_cost_ns = self._system_call_cost_ns = 0.0
-        self._listeners_watched = 0
         self._starts: dict[int, Moment] = {}
         self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
@@ -167,6 +166,7 @@ class Session:
         if now_ns >= self._next_search:
             self._next_search = now_ns + _SEARCH_NS
             self._follow_targets()
+            self._traced.keep_loop_whole()
         return rows
 
     def counters(self, now_ns: int) -> dict[int, ProbeCounters]:
@@ -200,9 +200,9 @@ class Session:
         )
         return joined_events([sampled, counted, _without(unfinished, counted)]), counters, manifest
 
-    def under_way(self) -> npt.NDArray[np.void]:
-        """Return the calls and stalls that have begun and not ended (dtype ``EVENT``)."""
-        return self._traced.state()[1]
+    def unfinished(self) -> npt.NDArray[np.void]:
+        """Return the calls and stalls that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
+        return self._traced.unfinished(time.monotonic_ns())
 
     def mark(self) -> Mark:
         """Return the state at this moment; a part of the session may begin or end here.
@@ -270,7 +270,7 @@ class Session:
             sample_ns=options.sample_ns,
             rungs={
                 "functions": "uprobe",
-                "event loop": "raw tracepoint" if self._traced.loop_attached else "not measured",
+                "event loop": self._traced.loop_rung or "not measured",
                 "accept queue": sampled,
                 "overflows": self._traced.listener_rung or sampled.replace("sock_diag, ", "") + ", not per event",
             },
@@ -353,6 +353,10 @@ class Session:
         """Watch the listeners of processes and attach to them; returns when attaching began, CLOCK_MONOTONIC ns."""
         self._traced.prepare(targets)
         self._traced.attach_listener()
+        return self._admit(targets)
+
+    def _admit(self, targets: Sequence[Target]) -> int:
+        """Do so with processes that are prepared."""
         namespaces = [self._sampler.add_target(target.pid) for target in targets]
         for info in self._sampler.namespaces:
             if info.inode not in self._starts:
@@ -373,9 +377,8 @@ class Session:
         """Watch the listeners that were opened, and forget those that were closed."""
         for listener in self._sampler.take_closed():
             self._traced.unwatch_listener(listener)
-        for listener in self._sampler.listeners[self._listeners_watched :]:
+        for listener in self._sampler.take_opened():
             self._traced.watch_listener(listener)
-        self._listeners_watched = len(self._sampler.listeners)
 
     def _follow_targets(self) -> None:
         """Let go of servers that ended, and take up those that came back on a wanted port."""
@@ -429,8 +432,11 @@ class Session:
         if not port:
             return
         found = server_information(pid, port, self.options.password)
-        info = self._targets[pid]
-        self._targets[pid] = replace(info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()})
+        info = self._targets.get(pid)
+        if info is not None:  # else it ended meanwhile
+            self._targets[pid] = replace(
+                info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()}
+            )
 
 
 def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:
