@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from stallscope.tracer.errors import StallscopeError, SymbolError, TargetError
+from stallscope.tracer.unwind.cache import RuleCache
 from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.unwinder import Unwinder
 
@@ -65,7 +66,7 @@ def _image(pid: int, path: str, start: int, end: int) -> CodeImage:
     # through its mapping, which also reaches a file that was replaced or deleted
     mapped = f"/proc/{pid}/map_files/{start:x}-{end:x}"
     place = mapped if os.access(mapped, os.R_OK) else f"{root}{path}"
-    return CodeImage.from_file(place, seen_as=path, root=root)
+    return CodeImage.from_file(place, seen_as=path, root=root, cache=RuleCache.of_user())
 
 
 def _memory(pid: int, start: int, end: int) -> bytes:

@@ -17,7 +17,7 @@ from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_
 from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
+from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
 from stallscope.tracer.capture.reconcile import Moment, take_moment, with_end
 from stallscope.tracer.capture.redis_target import (
     Target,
@@ -336,8 +336,10 @@ class Session:
         progress = self.progress
         calls = [counter for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE]
         progress.calls = sum(counter.hits for counter in calls)
-        progress.hits = sum(counter.hits for counter in counters.values())
-        progress.lost = sum(counter.missing for counter in counters.values())
+        # a sample that is lost is no event that is missing
+        events = [counter for probe, counter in counters.items() if probe != STACK_PROBE]
+        progress.hits = sum(counter.hits for counter in events)
+        progress.lost = sum(counter.missing for counter in events)
         progress.overflows = self._sampler.overflows()
         progress.elapsed_ns = max(now_ns - self.started_ns, 1)
         progress.traced_share = progress.calls * self._call_cost_ns / progress.elapsed_ns
