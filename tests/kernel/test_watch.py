@@ -9,9 +9,9 @@ import pytest
 from lab import LabError
 from lab.server import Server, find_server, running_server
 from tracing import Rows, require_tracing, until
-from watches import Watch, connecting, stopped, watching
+from watches import Watch, connecting, iterations, stopped, watching
 
-from stallscope.tracer.manifest import ITERATION, Manifest
+from stallscope.tracer.manifest import Manifest
 
 MS = 1_000_000
 BACKLOG = 5
@@ -28,14 +28,6 @@ def built(name: str) -> str:
     return name
 
 
-def iterations(rows: Rows, at_least_ns: int) -> list[tuple[int, int]]:
-    """Return (start, end) of the event loop iterations that took so long."""
-    (probe,) = [probe.id for probe in rows.manifest.probes if probe.kind == ITERATION]
-    found = rows.all[(rows.all["probe"] == probe) & rows.all["is_finished"]]
-    found = found[found["end_ns"] - found["start_ns"] >= at_least_ns]
-    return list(zip(found["start_ns"].tolist(), found["end_ns"].tolist(), strict=True))
-
-
 def triggers(manifest: Manifest) -> list[str]:
     return [trigger.text for trigger in manifest.triggers]
 
@@ -48,7 +40,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def watch(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    words = ["-p", str(server.pid), "--before", "2s", "--after", "1s", "--cooldown", "0"]
+    words = ["-p", str(server.pid), "--before", "2s", "--after", "1s", "--cooldown", "0", "--max-overhead", "100%"]
     for trigger in ("stall>50ms", "overflow>0", "backlog>80% for 100ms", "call:flushallCommand>1us"):
         words += ["--trigger", trigger]
     with watching(tmp_path_factory.mktemp("watch"), *words) as running:

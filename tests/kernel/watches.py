@@ -15,6 +15,7 @@ from pathlib import Path
 from lab.server import HOST, Server
 from tracing import DEADLINE_S, STALLSCOPE, Rows, until
 
+from stallscope.tracer.manifest import ITERATION
 from stallscope.tracer.recording import read_recording
 
 CAPTURED = re.compile(r"^captured .*?: (\S+\.stall)", re.MULTILINE)
@@ -102,6 +103,14 @@ def watching(
             process.kill()
         process.wait()
         watch.close()
+
+
+def iterations(rows: Rows, at_least_ns: int) -> list[tuple[int, int]]:
+    """Return (start, end) of the event loop iterations that took so long."""
+    (probe,) = [probe.id for probe in rows.manifest.probes if probe.kind == ITERATION]
+    found = rows.all[(rows.all["probe"] == probe) & rows.all["is_finished"]]
+    found = found[found["end_ns"] - found["start_ns"] >= at_least_ns]
+    return list(zip(found["start_ns"].tolist(), found["end_ns"].tolist(), strict=True))
 
 
 @contextmanager

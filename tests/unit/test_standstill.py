@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from stallscope.tracer.capture.standstill import Span, Standstill, late_iteration, longest_iteration
+from stallscope.tracer.capture.standstill import Span, Standstill, late_iteration, longest_iteration, merged
 
 MS = 1_000_000
 THRESHOLD = 50 * MS
@@ -110,6 +110,8 @@ class TestSecondWitness:
         assert late_iteration(Span(0, 2), Span(182, 185), 100) == Span(102, 185)
 
 
-def test_spans_that_only_touch_do_not_overlap() -> None:
-    assert Span(0, 10).overlaps(Span(9, 12))
-    assert not Span(0, 10).overlaps(Span(10, 12))
+def test_what_overlaps_is_one_iteration_unless_it_is_only_the_inexact_ends() -> None:
+    assert merged([], 2) == []
+    assert merged([Span(20, 30), Span(0, 10)], 2) == [Span(0, 10), Span(20, 30)]
+    assert merged([Span(0, 10), Span(8, 20)], 2) == [Span(0, 10), Span(8, 20)]
+    assert merged([Span(0, 10), Span(7, 20), Span(12, 15), Span(16, 40)], 2) == [Span(0, 40)]

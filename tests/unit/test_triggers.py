@@ -279,4 +279,4 @@ def test_memory_is_bounded_whatever_comes() -> None:
     rows["value"][:, 0] = 500 | 511 << 32
     rows["value"][:, 2] = np.arange(10_000)
     triggers.observe(rows, at(1))
-    assert max(len(triggers._queues), len(triggers._episodes), len(triggers._windows)) <= 4096
+    assert max(len(triggers.queues), len(triggers._episodes), len(triggers._windows)) <= 4096

@@ -16,6 +16,7 @@ from stallscope.probes.catalogue import Decoder
 from stallscope.tracer.capture.binary import Attachment
 from stallscope.tracer.capture.program import Program
 from stallscope.tracer.errors import SurroundingsError
+from stallscope.tracer.watch.priority import run_normally
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Place:
 
 @dataclass(frozen=True)
 class _Attached:
-    """Handles of one program; ``probe`` is the id they are for, -1 where its calls need not be forgotten."""
+    """The handles of one probe in one process."""
 
     program: Program
     handles: tuple[int, ...]
-    probe: int = -1
-    pid: int = 0
+    probe: int
+    pid: int
 
 
 class OnDemand:
@@ -78,11 +79,10 @@ class OnDemand:
         self._places[pid] = tuple(places)
         return self._attach(pid) if self._is_wanted else []
 
-    def remove(self, pid: int, others: Sequence[tuple[Program, int]] = ()) -> None:
-        """Let go of a process that has ended; its probes, and others of it, are detached in the background."""
+    def remove(self, pid: int) -> None:
+        """Let go of a process that has ended; its probes are detached in the background."""
         self._places.pop(pid, None)
-        gone = self._attached.pop(pid, [])
-        self._let_go([*gone, *(_Attached(program, (handle,)) for program, handle in others)])
+        self._let_go(self._attached.pop(pid, []), forget=False)
 
     def let_go(self, release: Callable[[], object]) -> None:
         """Have something else done that waits for the kernel; ``is_detaching`` until it is."""
@@ -128,16 +128,17 @@ class OnDemand:
             attached.append(_Attached(program, handles, place.probe, pid))
         return failures
 
-    def _let_go(self, gone: list[_Attached]) -> None:
+    def _let_go(self, gone: list[_Attached], *, forget: bool = True) -> None:
         if gone:
-            self.let_go(lambda: _detach(gone))
+            self.let_go(lambda: _detach(gone, forget=forget))
 
 
-def _detach(items: list[_Attached]) -> None:
+def _detach(items: list[_Attached], *, forget: bool) -> None:
+    """Detach; calls under way are forgotten, unless a process ended in them: nobody will see them return."""
     for program in {id(item.program): item.program for item in items}.values():
         mine = [item for item in items if item.program is program]
         program.detach_many([handle for item in mine for handle in item.handles])
-        for pid in {item.pid for item in mine}:
+        for pid in {item.pid for item in mine} if forget else ():
             program.forget_calls({item.probe for item in mine if item.pid == pid}, pid)
 
 
@@ -164,6 +165,7 @@ class _Detacher:
         self._thread.join()
 
     def _run(self) -> None:
+        run_normally()
         for release in iter(self._queue.get, None):
             release()
             self._done += 1

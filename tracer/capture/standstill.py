@@ -26,10 +26,6 @@ class Span:
         """Return how long it is."""
         return self.end_ns - self.start_ns
 
-    def overlaps(self, other: Span) -> bool:
-        """Return whether the two have any time in common."""
-        return self.start_ns < other.end_ns and other.start_ns < self.end_ns
-
 
 class Standstill:
     """The state of one event loop between looks.
@@ -71,6 +67,7 @@ class Standstill:
             moved: it has read or written something since the look before.
         """
         last_ns, self._last_ns = self._last_ns or now_ns, now_ns
+        self._start_ns = self._start_ns or now_ns  # a loop that is met in the midst of a stall
         if not waits and not moved:
             if now_ns - last_ns > LATE * self.interval_ns and not self.is_suspect:
                 # in the time not looked at it may have waited: only what was seen counts
@@ -117,3 +114,17 @@ def late_iteration(before: Span, cron: Span, period_ns: int) -> Span:
         period_ns: after how long it asked to be called again.
     """
     return Span(min(before.end_ns + period_ns, cron.start_ns), cron.end_ns)
+
+
+def merged(spans: Sequence[Span], tolerance_ns: int) -> list[Span]:
+    """Return the spans in order, those joined that share more than ``tolerance_ns``.
+
+    Each lies in one iteration, but for the inexactness of its ends: so two that overlap by more are of the same one.
+    """
+    joined: list[Span] = []
+    for span in sorted(spans, key=lambda span: span.start_ns):
+        if joined and min(joined[-1].end_ns, span.end_ns) - span.start_ns > tolerance_ns:
+            joined[-1] = Span(joined[-1].start_ns, max(joined[-1].end_ns, span.end_ns))
+        else:
+            joined.append(span)
+    return joined

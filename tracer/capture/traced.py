@@ -28,11 +28,16 @@ from stallscope.tracer.capture.program import (
     FIRST_LISTENER_PROBE,
     ITERATION_PROBE,
     QUEUE_PROBE,
+    STACK_PROBE,
     CallProbe,
     LoadedPrograms,
+    MoreSources,
     Program,
 )
 from stallscope.tracer.capture.redis_target import Target
+from stallscope.tracer.capture.stack_capture import StackCapture
+from stallscope.tracer.capture.stack_reader import stack_probe
+from stallscope.tracer.capture.stack_sampler import StackOptions, stack_sources
 from stallscope.tracer.capture.symbols import Resolution, resolve
 from stallscope.tracer.errors import StallscopeError, SurroundingsError
 from stallscope.tracer.layout import NO_STACK, UNFINISHED_NS
@@ -65,6 +70,7 @@ class TraceOptions:
         ring_bytes: size of each ring buffer, a power of two.
         on_demand: those of the functions that are attached only while detail is wanted.
         loop_on_demand: so are the raw tracepoints, where event loops are seen by them.
+        stacks: when to sample stacks, None for never.
     """
 
     functions: Sequence[str]
@@ -74,6 +80,7 @@ class TraceOptions:
     ring_bytes: int
     on_demand: frozenset[str] = frozenset()
     loop_on_demand: bool = False
+    stacks: StackOptions | None = None
 
 
 def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
@@ -104,14 +111,16 @@ class TracedSet:
         self._listener_loader: Loader | None = Loader() if may_be_hooked() else None
         self._is_listener_planned = False
         self._listener: ListenerProgram | None = None
+        self.stacks: StackCapture | None = None
         self._programs: list[LoadedPrograms] = []
         self._owner: dict[int, Program] = {}
         self._ids: dict[tuple[str, int, Decoder], int] = {}
-        self._handles: dict[int, list[tuple[Program, int]]] = {}
         self._plans: dict[int, list[Place]] = {}
         self._used_ns: dict[int, int] = {}
         self._preparing: set[int] = set()
         self._lock = threading.Lock()
+        self.standing = OnDemand(self._owner_of)
+        self.standing.attach()
         self.on_demand = OnDemand(self._owner_of)
 
     @property
@@ -181,6 +190,12 @@ class TracedSet:
         """Return how the listener is hooked: ``fentry``, ``kprobe``, both, or "" for not at all."""
         return " and ".join(sorted(set(self._listener.plan.rungs.values()))) if self._listener is not None else ""
 
+    @property
+    def stack_rung(self) -> str:
+        """Return how stacks are sampled."""
+        sampled = next((probe.rung for probe in self.probes if probe.id == STACK_PROBE), "")
+        return sampled or "not sampled"
+
     def counted_requests(self, *, watched: bool) -> dict[int, dict[str, int]]:
         """Return :meth:`ListenerProgram.counted_requests`; empty where the kernel's side is not hooked."""
         return self._listener.counted_requests(watched=watched) if self._listener is not None else {}
@@ -196,11 +211,19 @@ class TracedSet:
 
     def remove(self, pid: int) -> None:
         """Let go of a process that has ended (or is to be left alone)."""
-        self.on_demand.remove(pid, self._handles.pop(pid, []))
+        self.standing.remove(pid)
+        self.on_demand.remove(pid)
         self.base.unwatch_loop(pid)
+        if self.stacks is not None:
+            self.stacks.remove(pid)
         target = self.targets.pop(pid, None)
         if target is not None:
             target.close()
+
+    @property
+    def is_detaching(self) -> bool:
+        """Return whether probes are being detached in the background."""
+        return self.standing.is_detaching or self.on_demand.is_detaching
 
     def calls_under_way(self) -> npt.NDArray[np.void]:
         """Return the calls that were entered and have not returned (dtype ``EVENT``), also those left by longjmp."""
@@ -241,7 +264,7 @@ class TracedSet:
                 if not isinstance(program, Program) or mine & in_use:
                     self._used_ns[id(program)] = now_ns
                     continue
-                if now_ns - self._used_ns.setdefault(id(program), now_ns) < after_ns or self.on_demand.is_detaching:
+                if now_ns - self._used_ns.setdefault(id(program), now_ns) < after_ns or self.is_detaching:
                     continue
                 self._used_ns.pop(id(program))
                 self._programs.remove(program)
@@ -303,6 +326,8 @@ class TracedSet:
             totals |= program.counters(probe for probe, owner in owners.items() if owner is program)
         if self._listener is not None:
             totals |= self._listener.counters(LISTENER_PROBES)
+        if self.stacks is not None:
+            totals[STACK_PROBE] = self.stacks.counters()
         return totals
 
     def stop(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
@@ -313,19 +338,24 @@ class TracedSet:
             unfinished), and the in-kernel counters at that moment. Records up to it, and some later ones,
             are still to be read.
         """
+        now_ns, unfinished, counters = self.state()
+        for program in self._programs:
+            program.detach_all()
+        return now_ns, unfinished, counters
+
+    def state(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
+        """Return what :meth:`stop` returns, of this moment; nothing is detached."""
         spans = [program.unfinished() for program in self._programs if isinstance(program, Program)]
         counters = self.counters()
-        ended_ns = time.monotonic_ns()
+        now_ns = time.monotonic_ns()
         unfinished, left = _under_way(
-            np.concatenate([unfinished for unfinished, _ in spans]), ended_ns, self.options.stall_ns
+            np.concatenate([unfinished for unfinished, _ in spans]), now_ns, self.options.stall_ns
         )
         left = np.concatenate([left, *(left_behind for _, left_behind in spans)])
         for probe, count in zip(*np.unique(left["probe"], return_counts=True), strict=True):
             counter = counters[int(probe)]
             counters[int(probe)] = replace(counter, abandoned=counter.abandoned + int(count))
-        for program in self._programs:
-            program.detach_all()
-        return ended_ns, unfinished, counters
+        return now_ns, unfinished, counters
 
     def close(self) -> None:
         """Detach and free everything; may be called at any time, more than once."""
@@ -333,6 +363,10 @@ class TracedSet:
             if loader is not None:
                 loader.close()
         self._loader = self._listener_loader = None
+        if self.stacks is not None:
+            self.stacks.close()
+        self.stacks = None
+        self.standing.close()
         self.on_demand.close()
         for program in self._programs:
             program.close()
@@ -405,6 +439,7 @@ class TracedSet:
             iteration_min_ns=self.options.stall_ns,
             loop=first,
             loop_plan=loop_plan,
+            more=self._stack_sources() if first else None,
             loader=self._loader,
         )
         self._loader = None
@@ -413,6 +448,8 @@ class TracedSet:
         self.is_loop_on_demand |= (
             self.options.loop_on_demand and loop_plan is not None and loop_plan.rung == TRACEPOINT_RUNG
         )
+        if first:
+            self._load_stacks(program)
         if first and not self.is_loop_on_demand:
             try:
                 program.attach_loop()
@@ -423,32 +460,51 @@ class TracedSet:
                 self.note(f"event loops are seen by {program.loop_rung}: {program.loop_failure}")
             self._set_loop_rung(program.loop_rung)
 
+    def _stack_sources(self) -> MoreSources | None:
+        try:
+            return stack_sources() if self.options.stacks is not None else None
+        except SurroundingsError as error:
+            self.note(f"stacks are not sampled: {error}")
+            return None
+
+    def _load_stacks(self, program: Program) -> None:
+        if self.options.stacks is None or not program.has("stack_samples"):
+            return
+        try:
+            self.stacks = StackCapture(program, self.options.stacks, self.options.stall_ns)
+        except SurroundingsError as error:
+            self.note(f"stacks are not sampled: {error}")
+            return
+        self.probes.append(stack_probe(self.options.stacks))
+
     def _set_loop_rung(self, rung: str) -> None:
         self.loop_rung = rung
         self.probes = [replace(info, rung=rung) if info.kind in (ITERATION, ACCEPT) else info for info in self.probes]
 
     def _attach(self, target: Target, plan: Sequence[Place]) -> None:
-        failures: list[StallscopeError] = []
-        handles = self._handles.setdefault(target.pid, [])
-        for place in plan:
-            program, attachment = self._owner[place.probe], place.attachment
-            try:
-                if not place.on_demand:
-                    handles += [
-                        (program, handle)
-                        for handle in program.attach_call(place.probe, attachment.path, attachment.offset, target.pid)
-                    ]
-            except SurroundingsError as error:
-                failures.append(error)
-                self.note(str(error))
-                continue
-            with self._lock:
-                index = next(index for index, info in enumerate(self.probes) if info.id == place.probe)
-                if target.pid not in self.probes[index].pids:
-                    self.probes[index] = replace(self.probes[index], pids=(*self.probes[index].pids, target.pid))
-        if not handles and failures:
-            raise failures[0]
+        places = [place for place in plan if not place.on_demand]
+        failures = self.standing.add(target.pid, places)
+        for text in failures:
+            self.note(text)
+        if failures and len(failures) == len(plan):
+            self.standing.remove(target.pid)
+            raise SurroundingsError(failures[0])
+        with self._lock:
+            mine = {place.probe for place in plan}
+            self.probes = [
+                replace(info, pids=(*info.pids, target.pid))
+                if info.id in mine and target.pid not in info.pids
+                else info
+                for info in self.probes
+            ]
         self.base.watch_loop(target.pid)
+        if self.stacks is not None:
+            try:
+                self.stacks.prepare(target.pid)
+                if not self.stacks.options.on_demand:
+                    self.stacks.add(target.pid)
+            except SurroundingsError as error:
+                self.note(str(error))
         self.targets[target.pid] = target
         for text in self.on_demand.add(target.pid, [place for place in plan if place.on_demand]):
             self.note(text)

@@ -2,8 +2,8 @@
 
 Every few milliseconds it looks into ``/proc/PID/task/TID``: ``syscall`` tells whether the thread waits for events,
 ``io`` counts its reads and writes (``syscr``, ``syscw``: every command that a client sends makes one of each), ``stat``
-tells a stopped process from one that waits. What that says about stalls is judged in ``standstill``. The server
-pays nothing; one look costs this process 10 to 15 us.
+tells a stopped process from one that waits, ``schedstat`` how long it wanted a CPU in vain. What that says about
+stalls is judged in ``standstill``. The server pays nothing; a look costs this process 15 us, some 60 on a busy machine.
 
 A second witness is serverCron, probed at its entry and return (``hz`` times a second): it shows the iteration that
 reads and writes all the time and yet takes too long, because serverCron then comes too late, and it tells a loop that
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.capture.event_loop import WAITS
 from stallscope.tracer.capture.program import ITERATION_PROBE
-from stallscope.tracer.capture.standstill import Span, Standstill, late_iteration, longest_iteration
+from stallscope.tracer.capture.standstill import Span, Standstill, late_iteration, longest_iteration, merged
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import EVENT, NO_STACK
 from stallscope.tracer.manifest import ITERATION, ProbeInfo
@@ -49,6 +49,10 @@ _MAX_SHARE = 0.01
 _NICENESS = -20
 _FEWEST_LOOKS_PER_STALL = 3
 _CRONS_KEPT = 64
+_DELAYS_KEPT = 1024
+_CRON_PATIENCE_NS = 2_000_000_000
+"""A stall is handed over once serverCron has been called after it, or after this time at the latest."""
+
 _MAX_CRON_PERIOD_MS = 1000
 """Redis's smallest hz is 1; what claims more is not serverCron's result."""
 
@@ -74,11 +78,12 @@ class _Loop:
     files: dict[str, int]
     standstill: Standstill
     io: bytes = b""
-    delay_ns: int = -1
     crons: deque[Span] = field(default_factory=lambda: deque(maxlen=_CRONS_KEPT))
     period_ns: int = 0
-    reported: Span = field(default_factory=lambda: Span(0, 0))
-    late: list[Span] = field(default_factory=list)
+    ended: list[Span] = field(default_factory=list)
+    looked_ns: int = 0
+    delay_ns: int = 0
+    delays: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=_DELAYS_KEPT))
 
     def look(self) -> tuple[bool, bool]:
         """Return whether it waits for events, and whether it has read or written since the last look."""
@@ -88,9 +93,17 @@ class _Loop:
         waits = os.pread(self.files["syscall"], 8, 0).startswith(_WAITING) and (moved or not self._is_stopped())
         return waits, moved
 
-    def run_delay_ns(self) -> int:
-        """Return how long it has ever been ready to run and without a CPU."""
-        return int(os.pread(self.files["schedstat"], 96, 0).split()[1])
+    def look_at_run_delay(self, now_ns: int) -> None:
+        """Keep how long it was ready to run and without a CPU since the last look."""
+        delay_ns = int(os.pread(self.files["schedstat"], 96, 0).split()[1])
+        if self.looked_ns and delay_ns != self.delay_ns:
+            self.delays.append((self.looked_ns, now_ns, delay_ns - self.delay_ns))
+        self.looked_ns, self.delay_ns = now_ns, delay_ns
+
+    def run_delay_ns(self, span: Span) -> int:
+        """Return how long of a span that was: the delays that ended in it or at the first look after it."""
+        within = [delay for since, until, delay in self.delays if until > span.start_ns and since < span.end_ns]
+        return min(sum(within), span.duration_ns)
 
     def _is_stopped(self) -> bool:
         text = os.pread(self.files["stat"], 64, 0)
@@ -178,8 +191,9 @@ class Watchdog:
             now_ns: CLOCK_MONOTONIC.
 
         Returns:
-            The stalls that have ended since the last sample (dtype ``EVENT``), and those in progress. A process
-            that has ended is left out; ``remove`` is still to be called for it.
+            The stalls that have ended and are known whole (dtype ``EVENT``): where serverCron is probed, once it was
+            called after them. And those in progress, at once. A process that has ended is left out; ``remove`` is
+            still to be called for it.
         """
         began_ns = time.thread_time_ns()
         ended: list[npt.NDArray[np.void]] = []
@@ -228,7 +242,7 @@ class Watchdog:
             if loop.crons and loop.period_ns:
                 late = late_iteration(loop.crons[-1], cron, loop.period_ns)
                 if late.duration_ns >= self.threshold_ns:
-                    loop.late.append(late)
+                    loop.ended.append(late)
             period_ms = int(row["value"][2]) & 0xFFFFFFFF
             loop.period_ns = period_ms * 1_000_000 if 0 < period_ms <= _MAX_CRON_PERIOD_MS else 0
             loop.crons.append(cron)
@@ -236,30 +250,31 @@ class Watchdog:
     def _look(self, loop: _Loop, now_ns: int) -> list[npt.NDArray[np.void]]:
         waits, moved = loop.look()
         span = loop.standstill.look(now_ns, waits=waits, moved=moved)
-        rows = []
         if span is not None:
             span = self._longest_iteration(loop, span)
             if span.duration_ns >= self.threshold_ns:
-                rows.append(self._row(loop, span))
-        if waits or moved:
-            loop.delay_ns = -1
-        elif loop.delay_ns < 0:
-            loop.delay_ns = loop.run_delay_ns()
-        late, loop.late = loop.late, []
-        for span in late:
-            known = (loop.reported, Span(loop.standstill.since_ns or now_ns, now_ns))
-            if not any(span.overlaps(other) for other in known):
-                rows.append(self._row(loop, span))
-        return rows
+                loop.ended.append(span)
+        loop.look_at_run_delay(now_ns)
+        return self._ready_rows(loop, now_ns) if loop.ended else []
 
-    def _row(self, loop: _Loop, span: Span) -> npt.NDArray[np.void]:
-        row = np.zeros(1, EVENT)
-        row["start_ns"], row["duration_ns"] = span.start_ns, span.duration_ns
-        row["pid"], row["tid"], row["probe"], row["stack"] = loop.pid, loop.tid, ITERATION_PROBE, NO_STACK
-        if loop.delay_ns >= 0:
-            row["value"][0, 2] = min(loop.run_delay_ns() - loop.delay_ns, span.duration_ns)
-        loop.reported = span
-        return row
+    def _ready_rows(self, loop: _Loop, now_ns: int) -> list[npt.NDArray[np.void]]:
+        """Return the stalls that nothing can be added to any more: serverCron was called after them, or never is."""
+        since_ns = loop.standstill.since_ns or now_ns
+        called_ns = loop.crons[-1].start_ns if loop.crons else now_ns
+        rows = []
+        waiting = []
+        for span in merged(loop.ended, 2 * loop.standstill.interval_ns):
+            is_over = span.end_ns <= max(called_ns, now_ns - _CRON_PATIENCE_NS) and span.end_ns <= since_ns
+            if not is_over:
+                waiting.append(span)
+                continue
+            row = np.zeros(1, EVENT)
+            row["start_ns"], row["duration_ns"] = span.start_ns, span.duration_ns
+            row["pid"], row["tid"], row["probe"], row["stack"] = loop.pid, loop.tid, ITERATION_PROBE, NO_STACK
+            row["value"][0, 2] = loop.run_delay_ns(span)
+            rows.append(row)
+        loop.ended = waiting
+        return rows
 
     def _longest_iteration(self, loop: _Loop, standstill: Span) -> Span:
         return longest_iteration(standstill, [cron.start_ns for cron in loop.crons])
@@ -276,8 +291,8 @@ class Watchdog:
 
 def _has_io_threads(tasks: Path) -> bool:
     """Return whether a server has threads that read and write for its event loop (Redis 6, Valkey: io_thd_1...)."""
-    for task in tasks.iterdir():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for task in tasks.iterdir():
             if (task / "comm").read_text(encoding="utf-8", errors="replace").startswith("io_thd"):
                 return True
     return False

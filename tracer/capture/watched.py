@@ -18,12 +18,14 @@ import numpy.typing as npt
 from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target
+from stallscope.tracer.capture.ring import give_memory_back
 from stallscope.tracer.capture.session import Session, SessionOptions
 from stallscope.tracer.capture.standing_loop import StandingLoop
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, Note
 from stallscope.tracer.watch.evaluation import UnderWay
 from stallscope.tracer.watch.preroll import Boundary
+from stallscope.tracer.watch.priority import run_normally
 
 _DISCOVER_NS = 500_000_000
 _PRUNE_NS = 5_000_000_000
@@ -45,7 +47,7 @@ class WatchedSession(Session):
     """Servers that are watched until the watch is ended; there may be none.
 
     Attributes:
-        restarts: how many servers were taken up after the start.
+        arrived: how many servers were taken up after the start.
     """
 
     def __init__(self, options: SessionOptions, *, all_redis: bool, keep_ns: int, stall_ns: int) -> None:
@@ -66,7 +68,7 @@ class WatchedSession(Session):
         self._loop: StandingLoop | None = None
         self._ports = set(options.ports)
         self._discovery = Discovery()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="arrivals", initializer=run_normally)
         self._arrivals: list[_Arrival] = []
         self._refused: dict[int, None] = {}
         self._log: deque[Note] = deque()
@@ -74,7 +76,7 @@ class WatchedSession(Session):
         self._rows_of_ended: list[npt.NDArray[np.void]] = []
         self._next_discovery = self._next_prune = 0
         self.is_held = False
-        self.restarts = 0
+        self.arrived = 0
         self._bare_call_ns = measure_system_call_ns()
         super().__init__(options)
         try:
@@ -138,10 +140,6 @@ class WatchedSession(Session):
         self._sampler.repeat()
         return Boundary(now_ns, counters, moment.kernel, moment.watched, moment.elsewhere)
 
-    def unfinished(self) -> npt.NDArray[np.void]:
-        """Return the spans that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
-        return self._traced.unfinished(time.monotonic_ns())
-
     def manifest(self) -> Manifest:
         """Return what is known now about what is traced."""
         return replace(super().manifest(), notes=tuple(self._log))
@@ -172,6 +170,19 @@ class WatchedSession(Session):
         self._traced.on_demand.detach()
         if self._loop is not None:
             self._loop.detach()
+
+    def attach_standing(self, *, wanted: bool) -> None:
+        """Attach or begin to detach the standing probes; what is so already, or is under way, is left."""
+        standing = self._traced.standing
+        if wanted == standing.is_attached or standing.is_detaching:
+            return
+        if self._loop is not None:
+            self._loop.trust_crons(wanted)
+        if not wanted:
+            standing.detach()
+            return
+        for text in dict.fromkeys(standing.attach()[1]):
+            self.note(text)
 
     @property
     def is_detaching(self) -> bool:
@@ -219,6 +230,7 @@ class WatchedSession(Session):
             except BaseException:
                 target.close()
                 raise
+            target.image.forget()
             self._ports |= set(sorted(listening_ports(pid))[:1])
         now_ns = time.monotonic_ns()
         self._discover(now_ns)
@@ -227,7 +239,7 @@ class WatchedSession(Session):
         self._welcome()
         for port in sorted(self._ports - self._ports_served()):
             self.note(f"no Redis or Valkey server listens on port {port} yet; it is traced when it does")
-        self.restarts = 0
+        self.arrived = 0
 
     def _ports_served(self) -> set[int]:
         return {listener.port for listener in self._sampler.listeners if listener.pid in self._traced.targets}
@@ -267,6 +279,8 @@ class WatchedSession(Session):
         except BaseException:
             target.close()
             raise
+        target.image.forget()
+        give_memory_back()
         return target
 
     def _welcome(self) -> None:
@@ -285,7 +299,7 @@ class WatchedSession(Session):
                     self._refused[pid] = None
                     self.note(f"process {pid} is not traced: {error}")
                 continue
-            self.restarts += 1
+            self.arrived += 1
             ports = ", ".join(map(str, sorted(arrival.candidate.ports)))
             self.note(f"process {pid} ({target.exe}, port {ports}) is traced")
 

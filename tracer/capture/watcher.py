@@ -11,62 +11,44 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from stallscope.tracer.capture.cost import own_cpu_ns
+from stallscope.probes import catalogue
+from stallscope.tracer.capture.cost import own_cpu_ns, own_memory_bytes
+from stallscope.tracer.capture.detail import DetailTier
+from stallscope.tracer.capture.guard import OverheadGuard
 from stallscope.tracer.capture.program import FIRST_CALL_PROBE
 from stallscope.tracer.capture.session import SessionOptions
+from stallscope.tracer.capture.traced import TraceOptions, requested_functions
+from stallscope.tracer.capture.watchdog import Watchdog
 from stallscope.tracer.capture.watched import WatchedSession
 from stallscope.tracer.errors import UsageError
-from stallscope.tracer.manifest import DetailInfo, Manifest
+from stallscope.tracer.manifest import Manifest
 from stallscope.tracer.recording import joined_events
 from stallscope.tracer.units import format_count, format_duration_ns
-from stallscope.tracer.watch.captures import (
-    STARTED,
-    SUPPRESSED,
-    CaptureOptions,
-    Captures,
-    lost_events,
-)
+from stallscope.tracer.watch.aftercare import VERDICT, Aftercare
+from stallscope.tracer.watch.captures import STARTED, SUPPRESSED, Captures, lost_events
 from stallscope.tracer.watch.evaluation import Firing, TriggerState
 from stallscope.tracer.watch.folder import CaptureFolder
+from stallscope.tracer.watch.options import DETAIL_ALWAYS, WatchOptions, reloaded
 from stallscope.tracer.watch.preroll import Boundary, Preroll
-from stallscope.tracer.watch.triggers import STALL, Trigger, functions_of, shortest_ns
+from stallscope.tracer.watch.triggers import STALL, functions_of, shortest_ns
 from stallscope.tracer.watch.writer import Finished
+
+if TYPE_CHECKING:
+    from stallscope.tracer.watch.metrics import WatchMetrics
 
 CHUNK_NS = 500_000_000
 """How often the counters are read; a capture begins at such a moment."""
 
-ON_TRIGGER, ALWAYS, NEVER = "on-trigger", "always", "never"
-DETAIL = (ON_TRIGGER, ALWAYS, NEVER)
+RECORDED_STALL_NS = 10_000_000
+"""Iterations are recorded from here on, as of ``record``, where they are seen one by one."""
 
 _LOOK_NS = 20_000_000
 """How often conditions that last are looked at when nothing happens."""
 
-_MAX_ATTACH_TIMES = 1000
 _NO_EVENTS = joined_events([])
-
-
-@dataclass(frozen=True)
-class WatchOptions:
-    """What to watch for, and what to keep.
-
-    Attributes:
-        all_redis: every server of the machine, besides those the session names.
-        folder: where captures go; max_captures, max_disk_bytes: how many, and how large all together.
-        memory_bytes: bound of the pre-roll.
-        detail: one of ``DETAIL``: when the functions of the detail tier are traced.
-    """
-
-    session: SessionOptions
-    triggers: tuple[Trigger, ...]
-    folder: Path
-    captures: CaptureOptions
-    max_captures: int = 20
-    max_disk_bytes: int = 2**30
-    memory_bytes: int = 64 * 2**20
-    all_redis: bool = False
-    detail: str = ON_TRIGGER
 
 
 @dataclass
@@ -77,8 +59,8 @@ class WatchTotals:
         started_ns, elapsed_ns: CLOCK_MONOTONIC.
         triggers: conditions that came true; suppressed: of those in the cool-down.
         captures: kept whole; incomplete: kept in part, or not at all.
-        attach_ns: from the moment a trigger was noticed to all detail probes attached, the last ones.
-        late_ns: from the moment its bound was passed to the same.
+        arrivals: servers taken up after the start.
+        attach_ns, late_ns: as of ``DetailTier``.
         own_cpu_ns: CPU time of this process.
     """
 
@@ -88,10 +70,10 @@ class WatchTotals:
     suppressed: int = 0
     captures: int = 0
     incomplete: int = 0
-    restarts: int = 0
+    arrivals: int = 0
     own_cpu_ns: int = 0
-    attach_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_MAX_ATTACH_TIMES))
-    late_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_MAX_ATTACH_TIMES))
+    attach_ns: Sequence[int] = field(default_factory=list)
+    late_ns: Sequence[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -106,31 +88,40 @@ class _Spent:
 class Watcher:
     """Watches until it is stopped."""
 
-    def __init__(self, options: WatchOptions, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        options: WatchOptions,
+        say: Callable[[str], None],
+        *,
+        command: tuple[str, ...] = (),
+        password: str = "",
+        read_options: Callable[[], WatchOptions] | None = None,
+    ) -> None:
         """Take the folder, compile, and attach the standing probes.
 
         Args:
             options: what to watch for.
             say: called with each line for the reader; no line holds a newline.
+            command: the command line, kept in the captures. password: for INFO, "" for none.
+            read_options: gives the options as they are to be after ``reload``.
 
         Raises:
             UsageError: the folder cannot be written, or another watch has it.
             SurroundingsError: this machine cannot be traced, or a process that was named cannot.
         """
-        if options.detail not in DETAIL:
-            raise UsageError(f'"{options.detail}" is no time for detail; there are {", ".join(DETAIL)}')
         self.options = options
         self.totals = WatchTotals()
         self._say = say
-        self._is_stopped = False
+        self._read_options = read_options
+        self._is_stopped = self._is_reload_wanted = False
         self._stopped_by = ""
-        self._folder = CaptureFolder(options.folder, options.max_captures, options.max_disk_bytes)
+        self._folder = CaptureFolder(options.output, options.max_captures, options.max_disk_bytes)
         try:
             self._session = WatchedSession(
-                options.session,
+                SessionOptions(options.pids, options.ports, trace_options(options), False, password, command),
                 all_redis=options.all_redis,
-                keep_ns=options.captures.before_ns + 2 * CHUNK_NS,
-                stall_ns=shortest_ns(options.triggers, STALL, options.session.trace.stall_ns),
+                keep_ns=options.before_ns + 2 * CHUNK_NS,
+                stall_ns=shortest_ns(options.triggers, STALL, RECORDED_STALL_NS),
             )
         except BaseException:
             self._folder.close()
@@ -138,21 +129,39 @@ class Watcher:
         for text in self._folder.recovered:
             self._session.note(f"left by an earlier watch: {text}")
         begin = self._session.boundary()
-        self._preroll = Preroll(options.captures.before_ns, options.memory_bytes, begin)
-        self._captures = Captures(options.captures, self._folder, self._preroll)
+        self._aftercare = Aftercare(options.command, report=options.report, command_ns=options.command_ns, verdict=True)
+        self._preroll = Preroll(options.before_ns, options.memory_bytes, begin)
+        self._captures = Captures(options.capture, self._folder, self._preroll)
         self._triggers = TriggerState(options.triggers)
-        self._needs_calls = bool(functions_of(options.triggers))
         self._manifest = self._session.manifest()
-        self._details: list[DetailInfo] = []
-        self._is_detail_wanted = options.detail == ALWAYS
-        self._detail_for: Firing | None = None
+        self._detail = DetailTier(
+            self._session, always=options.detail == DETAIL_ALWAYS, keep_ns=options.before_ns + options.longest_ns
+        )
+        self._metrics = self._serve_metrics()
+        self._guard = OverheadGuard(self._session, self._detail, begin)
         self._spent: deque[_Spent] = deque()
         self._next_look_ns = 0
         self._next_chunk_ns = begin.time_ns + CHUNK_NS
         self._lost = lost_events(begin.counters)
         self.totals.started_ns = begin.time_ns
-        self._follow()
         self._keep_spent(begin)
+        self._learn()
+        self._detail.settle()
+
+    def _serve_metrics(self) -> WatchMetrics | None:
+        """Begin to serve metrics where they are asked for."""
+        if self.options.metrics is None:
+            return None
+        from stallscope.tracer.watch.metrics import WatchMetrics  # needs memory that nobody else does
+
+        metrics = WatchMetrics(version("stallscope"), self.options.triggers)
+        try:
+            metrics.serve(*self.options.metrics)
+        except BaseException:
+            self._session.close()
+            self._folder.close()
+            raise
+        return metrics
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -164,8 +173,13 @@ class Watcher:
         self._stopped_by = reason
         self._is_stopped = True
 
+    def reload(self) -> None:
+        """Ask for the options to be read again; safe from a signal handler."""
+        self._is_reload_wanted = True
+
     def run(self) -> WatchTotals:
         """Watch until ``stop`` is called; a capture under way is finished then. Returns what was done."""
+        Watchdog.run_first()
         try:
             self._say_notes()
             while not self._is_stopped:
@@ -174,56 +188,51 @@ class Watcher:
             self._finish_capture(f"the watch was ended ({self._stopped_by})")
             self._captures.close()
             self._tell_finished()
+            self._aftercare.close()
+            self._tell_results()
         finally:
             self.close()
         return self.totals
 
     def close(self) -> None:
         """Detach and free everything; may be called more than once."""
+        if self._metrics is not None:
+            self._metrics.close()
+        self._aftercare.close(0)
         self._session.close()
         self._folder.close()
 
     def _step(self) -> None:
         now_ns = time.monotonic_ns()
         rows = [part for part in self._session.poll(now_ns) if len(part)]
-        under_way = self._session.under_way(calls_too=self._needs_calls)
+        under_way = self._session.under_way(calls_too=bool(functions_of(self.options.triggers)))
         if not rows and not under_way and now_ns < self._next_look_ns:
             return  # most of the time nothing has happened since the last look, some milliseconds ago
         self._next_look_ns = now_ns + _LOOK_NS
         events = joined_events(rows) if rows else _NO_EVENTS
+        now_ns = time.monotonic_ns()  # to take up a server takes its time
         firings = self._triggers.observe(events, now_ns, under_way, self._lost)
-        if firings:
-            self._attach_for(firings, now_ns)
+        if firings and self._captures.accepts(now_ns):
+            self._detail.want(firings[0], now_ns)  # before anything else is done
         self._captures.add(events)
+        if self._metrics is not None:
+            self._metrics.observe(events)
+            self._metrics.fired(firings)
         if firings or self._captures.is_capturing:
             self._capture(firings, now_ns)
         if now_ns >= self._next_chunk_ns or self._preroll.is_filling:
             self._close_chunk(now_ns)
         if self._captures.is_due(now_ns):
             self._finish_capture()
-        self._change_detail()
-
-    def _attach_for(self, firings: Sequence[Firing], noticed_ns: int) -> None:
-        """Attach the detail probes before anything else is done about a trigger."""
-        self.totals.triggers += len(firings)
-        if self.options.detail == NEVER or self._is_detail_wanted or not self._captures.accepts(noticed_ns):
-            return
-        self._is_detail_wanted = True
-        self._detail_for = firings[0]
-        self._change_detail()
-        if self._details and not self._details[-1].detached_ns:
-            attached_ns = self._details[-1].attached_ns
-            self.totals.attach_ns.append(attached_ns - noticed_ns)
-            self.totals.late_ns.append(attached_ns - firings[0].time_ns)
-            took = f"{format_duration_ns(attached_ns - noticed_ns)} after the trigger was noticed"
-            late = f"{format_duration_ns(attached_ns - firings[0].time_ns)} after its bound was passed"
-            self._session.note(f"detail probes attached {took}, {late}")
+        self._detail.settle()
 
     def _capture(self, firings: Sequence[Firing], now_ns: int) -> None:
-        manifest = self._newest_manifest()
-        what = self._captures.fire(firings, self._triggers.held_ns, now_ns, time.time_ns(), manifest)
+        self.totals.triggers += len(firings)
+        what = self._captures.fire(
+            firings, self._triggers.held_ns, now_ns, time.time_ns(), self._with_details(self._manifest)
+        )
         for firing in firings:
-            self._say(f"trigger: {firing.describe()}" + (" (in the cool-down)" if what == SUPPRESSED else ""))
+            self._say(f"trigger: {firing.describe()}{' (in the cool-down)' if what == SUPPRESSED else ''}")
         if what == STARTED:
             self._session.is_held = True
 
@@ -232,73 +241,82 @@ class Watcher:
         boundary = self._session.boundary()
         self._lost = lost_events(boundary.counters)
         self._keep_spent(boundary)
+        self._guard.look(boundary, self.options.max_overhead)
         self._say_notes()
-        self._follow()
-        self._captures.close_chunk(boundary, self._newest_manifest())
+        self._learn()
+        self._captures.close_chunk(boundary, self._with_details(self._manifest))
         self._tell_finished()
+        self._tell_results()
+        self._tell_metrics(boundary)
+        if self._is_reload_wanted:
+            self._is_reload_wanted = False
+            self._reload()
 
-    def _follow(self) -> None:
+    def _learn(self) -> None:
         """Learn which probes and listeners there are now."""
-        manifest = self._session.manifest()
-        if (manifest.probes, manifest.listeners) != (self._manifest.probes, self._manifest.listeners) or not (
-            self._spent
+        before, self._manifest = self._manifest, self._session.manifest()
+        if (before.probes, before.listeners) != (self._manifest.probes, self._manifest.listeners) or (
+            len(self._spent) == 1
         ):
-            self._triggers.follow(manifest)
-            self._preroll.follow(manifest)
-        self._manifest = manifest
+            self._triggers.follow(self._manifest)
+            self._preroll.follow(self._manifest)
+        if self._metrics is not None and before != self._manifest:
+            self._metrics.follow(self._manifest, time.monotonic_ns())
 
-    def _newest_manifest(self) -> Manifest:
-        return replace(self._manifest, details=tuple(self._details))
+    def _with_details(self, manifest: Manifest) -> Manifest:
+        return replace(manifest, details=self._detail.details)
 
     def _finish_capture(self, ended_by: str = "") -> None:
         """End the capture under way, if there is one."""
         if self._captures.is_capturing:
             boundary = self._session.boundary()
             self._say_notes()
-            self._manifest = self._session.manifest()
-            started_ns = self._captures.begin_ns
+            self._learn()
             manifest = replace(
-                self._newest_manifest(),
+                self._with_details(self._manifest),
                 wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
-                cost=self._cost(started_ns, boundary),
+                cost=self._cost(self._captures.begin_ns, boundary),
             )
             self._captures.finish(boundary, self._session.unfinished(), manifest, ended_by)
         self._session.is_held = False
-        self._is_detail_wanted = self.options.detail == ALWAYS
+        self._detail.release()
 
-    def _change_detail(self) -> None:
-        """Attach or detach the detail probes, as is wanted; not while they are being detached."""
-        attached = bool(self._details) and not self._details[-1].detached_ns
-        if attached and not self._is_detail_wanted:
-            self._session.detach_detail()
-            self._details[-1] = replace(self._details[-1], detached_ns=time.monotonic_ns())
-            oldest_ns = time.monotonic_ns() - self.options.captures.before_ns - self.options.captures.longest_ns
-            self._details = [detail for detail in self._details if detail.detached_ns > oldest_ns]
-        elif not attached and self._is_detail_wanted and not self._session.is_detaching:
-            asked_ns = time.monotonic_ns()
-            attached_ns = self._session.attach_detail()
-            firing, self._detail_for = self._detail_for, None
-            self._details.append(
-                DetailInfo(
-                    firing.time_ns if firing is not None else asked_ns,
-                    attached_ns,
-                    probes=self._session.detail_probes,
-                    text=firing.trigger if firing is not None else "all the time",
-                )
-            )
+    def _reload(self) -> None:
+        """Read the options again, and take over what can be changed."""
+        if self._read_options is None:
+            self._say("SIGHUP: there is nothing to read again; give a file with --config")
+            return
+        try:
+            wanted = self._read_options()
+        except UsageError as error:
+            self._say(f"SIGHUP: nothing was changed: {error}")
+            return
+        options, changed, restart = reloaded(self.options, wanted)
+        if options.triggers != self.options.triggers:
+            self._triggers = TriggerState(options.triggers)
+            self._triggers.follow(self._manifest)
+        self.options = options
+        self._captures.options = options.capture
+        self._preroll.keep_ns, self._preroll.max_bytes = options.before_ns, options.memory_bytes
+        self._folder.max_captures, self._folder.max_bytes = options.max_captures, options.max_disk_bytes
+        self._aftercare.command, self._aftercare.report = options.command, options.report
+        self._aftercare.command_ns = options.command_ns
+        self._say(f"SIGHUP: changed: {', '.join(changed) or 'nothing'}")
+        if restart:
+            self._say(f"SIGHUP: takes a restart: {', '.join(restart)}")
 
     def _keep_spent(self, boundary: Boundary) -> None:
         hits = sum(counter.hits for probe, counter in boundary.counters.items() if probe >= FIRST_CALL_PROBE)
         self._spent.append(_Spent(boundary.time_ns, hits, own_cpu_ns()))
-        oldest_ns = boundary.time_ns - self.options.captures.before_ns - self.options.captures.longest_ns - CHUNK_NS
+        oldest_ns = boundary.time_ns - self.options.before_ns - self.options.longest_ns - CHUNK_NS
         while self._spent[0].time_ns < oldest_ns:
             self._spent.popleft()
 
     def _cost(self, started_ns: int, boundary: Boundary) -> dict[str, float]:
         """Return what tracing cost since a capture's start; keys as of ``record``."""
         self._keep_spent(boundary)
-        first = next((spent for spent in self._spent if spent.time_ns >= started_ns), self._spent[-1])
         last = self._spent[-1]
+        first = next((spent for spent in self._spent if spent.time_ns >= started_ns), last)
         calls = max(last.hits - first.hits, 0)
         return {
             **self._session.unit_costs(),
@@ -312,17 +330,72 @@ class Watcher:
         for note in self._session.take_notes():
             self._say(note.text)
 
+    def _tell_metrics(self, boundary: Boundary) -> None:
+        if self._metrics is None:
+            return
+        self._metrics.counters(boundary.counters)
+        self._metrics.queues(self._triggers.queues)
+        self._metrics.own(
+            cpu_ns=self.totals.own_cpu_ns,
+            memory_bytes=own_memory_bytes(),
+            share=self._guard.share,
+            limit=self.options.max_overhead,
+            preroll_bytes=self._preroll.bytes,
+            preroll_dropped=self._preroll.dropped,
+        )
+        for took_ns in self._detail.take_times():
+            self._metrics.detail(attached=self._detail.is_attached, took_ns=took_ns)
+        self._metrics.detail(attached=self._detail.is_attached)
+
     def _tell_finished(self) -> None:
-        for finished in self._captures.take_finished():
+        totals = self.totals
+        ended = self._captures.take_finished()
+        if self._metrics is not None:
+            self._metrics.captures(
+                ended,
+                self._folder.kept(),
+                self._captures.suppressed,
+                time.time_ns(),
+                capturing=self._captures.is_capturing,
+            )
+        for finished in ended:
             self._say(_described(finished))
+            self._aftercare.submit(finished)
             if finished.complete:
-                self.totals.captures += 1
+                totals.captures += 1
             else:
-                self.totals.incomplete += 1
-        self.totals.suppressed = self._captures.suppressed
-        self.totals.restarts = self._session.restarts
-        self.totals.own_cpu_ns = own_cpu_ns()
-        self.totals.elapsed_ns = time.monotonic_ns() - self.totals.started_ns
+                totals.incomplete += 1
+        totals.suppressed = self._captures.suppressed
+        totals.arrivals = self._session.arrived
+        totals.attach_ns, totals.late_ns = self._detail.attach_ns, self._detail.late_ns
+        totals.own_cpu_ns = own_cpu_ns()
+        totals.elapsed_ns = time.monotonic_ns() - totals.started_ns
+
+    def _tell_results(self) -> None:
+        results = self._aftercare.take_results()
+        for result in results:
+            if result.step == VERDICT:
+                self._say(f"{result.capture.name}: {result.text}")
+            elif not result.ok or result.step == "exec":
+                self._say(f"{result.capture.name}: {result.step} {result.text}")
+        if self._metrics is not None:
+            self._metrics.aftercare(result for result in results if result.step != VERDICT)
+
+
+def trace_options(options: WatchOptions) -> TraceOptions:
+    """Return what is traced in each server, and which of it only on demand."""
+    in_triggers = functions_of(options.triggers)
+    functions = requested_functions([*in_triggers, *options.probes], defaults=True)
+    on_demand = frozenset(name for name in functions if name not in in_triggers and not catalogue.is_standing(name))
+    return TraceOptions(
+        functions,
+        0,
+        min(RECORDED_STALL_NS, shortest_ns(options.triggers, STALL, RECORDED_STALL_NS)),
+        options.sample_ns,
+        options.ring_bytes,
+        on_demand,
+        loop_on_demand=options.detail != DETAIL_ALWAYS,
+    )
 
 
 def _described(finished: Finished) -> str:

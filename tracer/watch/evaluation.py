@@ -97,15 +97,20 @@ class _Window:
 
 
 @dataclass
-class _Queue:
+class QueueState:
     """What is known of one listener's accept queue.
 
     Attributes:
-        drops: the last absolute value, -1 before the first; unpaired: drops not yet matched with an overflow.
+        length, limit: at the last sample, connections.
+        overflows, dropped: how many were refused since the first sample: by the full queue, for any reason.
+        drops: the socket's own counter, -1 before the first; unpaired: drops not yet matched with an overflow, the
+            last of them at ``dropped_ns``.
     """
 
     length: int = 0
     limit: int = 0
+    overflows: int = 0
+    dropped: int = 0
     drops: int = -1
     unpaired: int = 0
     dropped_ns: int = 0
@@ -124,6 +129,7 @@ class TriggerState:
 
     Attributes:
         held_ns: the last moment at which any condition was seen to hold, CLOCK_MONOTONIC; 0: never.
+        queues: what is known of each listener's accept queue, by index; also where no trigger asks for it.
     """
 
     def __init__(self, triggers: Sequence[Trigger]) -> None:
@@ -138,7 +144,7 @@ class TriggerState:
         self._masks: dict[str, npt.NDArray[np.bool_]] = {}
         self._sampled_mask = np.zeros(2**16, bool)
         self._fired: dict[tuple[int, int, int, int], None] = {}
-        self._queues: dict[int, _Queue] = {}
+        self.queues: dict[int, QueueState] = {}
         self._overflows: dict[int, int] = {}
         self._overflowed: dict[int, tuple[int, int]] = {}
         self._windows: dict[tuple[int, int], _Window] = {}
@@ -188,7 +194,7 @@ class TriggerState:
             window.forget(now_ns)
             if not self.triggers[index].exceeds(window.total):
                 self._episode(index, subject).fired = False
-        for memory in (self._fired, self._queues, self._windows, self._episodes):
+        for memory in (self._fired, self.queues, self._windows, self._episodes):
             _bound_size(memory)
         return tuple(sorted(firings, key=lambda firing: firing.time_ns))
 
@@ -261,7 +267,7 @@ class TriggerState:
             if trigger.quantity == BACKLOG:
                 # what the sample before said was so until this one
                 yield from self._lasting(place, trigger, time_ns, only=index)
-        queue = self._queues.setdefault(index, _Queue())
+        queue = self.queues.setdefault(index, QueueState())
         # sk_drops is 32 bits wide
         grown = (values["drops"] - queue.drops) % 2**32 if queue.drops >= 0 else 0
         queue.length, queue.limit, queue.drops = values["queue_length"], values["queue_limit"], values["drops"]
@@ -278,6 +284,7 @@ class TriggerState:
         if time_ns - queue.dropped_ns > _PAIRING_NS:
             queue.unpaired = 0
         queue.unpaired += grown
+        queue.dropped += grown
         queue.dropped_ns = time_ns
         listener = self._listeners.get(index)
         for place, trigger in enumerate(self.triggers):
@@ -306,9 +313,9 @@ class TriggerState:
         if not waiting or time_ns - since_ns > _PAIRING_NS:
             return
         mine = [
-            (listener, self._queues[index])
+            (listener, self.queues[index])
             for index, listener in self._listeners.items()
-            if listener.namespace == namespace and index in self._queues
+            if listener.namespace == namespace and index in self.queues
         ]
         # Linux sk_acceptq_is_full: strictly above
         mine.sort(key=lambda pair: pair[1].length <= pair[1].limit)
@@ -324,6 +331,7 @@ class TriggerState:
             # a refused cookie is an overflow that the listener does not count as a drop
             shares, waiting = [(mine[0][0], waiting)], 0
         for listener, share in shares:
+            self.queues[listener.index].overflows += share
             for place, trigger in enumerate(self.triggers):
                 if trigger.quantity == OVERFLOW:
                     name, pid = listener.address, listener.pid
@@ -348,9 +356,9 @@ class TriggerState:
 
     def _lasting(self, index: int, trigger: Trigger, now_ns: int, only: int | None = None) -> Iterator[Firing]:
         """Look at queues that are above their bound: is it for long enough?"""
-        for subject in list(self._queues) if only is None else [only]:
+        for subject in list(self.queues) if only is None else [only]:
             episode = self._episodes.get((index, subject))
-            listener, queue = self._listeners.get(subject), self._queues.get(subject)
+            listener, queue = self._listeners.get(subject), self.queues.get(subject)
             if episode is None or episode.since_ns < 0 or queue is None:
                 continue
             if now_ns - episode.since_ns < trigger.time_ns:
@@ -365,7 +373,7 @@ class TriggerState:
                     count=queue.length,
                 )  # fmt: skip
 
-    def _is_above(self, trigger: Trigger, queue: _Queue) -> bool:
+    def _is_above(self, trigger: Trigger, queue: QueueState) -> bool:
         if trigger.percent:
             return queue.limit > 0 and trigger.exceeds(100 * queue.length / queue.limit)
         return trigger.exceeds(queue.length)

@@ -32,6 +32,7 @@ else:
     import tomli as tomllib
 
 DETAIL_ON_TRIGGER, DETAIL_ALWAYS = "on-trigger", "always"
+DEFAULT_TRIGGERS = ("stall>50ms", "overflow>0")
 LEAST_MEMORY_BYTES = 2**20
 _LOCAL = "127.0.0.1"
 _NS_PER_S = 1_000_000_000
@@ -122,8 +123,8 @@ class WatchOptions:
     report: bool = False
     max_overhead: float = 0.01
     metrics: tuple[str, int] | None = None
-    sample_ns: int = 10_000_000
-    ring_bytes: int = 8 * 2**20
+    sample_ns: int = 20_000_000
+    ring_bytes: int = 2 * 2**20
 
     @property
     def capture(self) -> CaptureOptions:
@@ -198,6 +199,36 @@ def read_config(path: Path) -> dict[str, Any]:
             raise UsageError(f'{path}: "{name}": {error}') from error
         values[option.member] = tuple(dict.fromkeys(read)) if option.repeated else read[0]
     return values
+
+
+def read_options(config: Path | None, given: Mapping[str, Any]) -> WatchOptions:
+    """Return the options of a file and of the command line, which wins.
+
+    Args:
+        config: the file, None for none.
+        given: text by name of the option, a tuple of texts where it may be repeated, True for a flag.
+
+    Raises:
+        UsageError: as of ``read_config`` and ``watch_options``.
+    """
+    from_command_line: dict[str, Any] = {}
+    for name, value in given.items():
+        option = OPTIONS[name]
+        try:
+            read = [option.read(_typed(option, part)) for part in (value if isinstance(value, tuple) else (value,))]
+        except UsageError as error:
+            raise UsageError(f"--{name}: {error}") from error
+        from_command_line[option.member] = tuple(dict.fromkeys(read)) if option.repeated else read[0]
+    from_file = read_config(config) if config is not None else {}
+    if "triggers" not in {*from_file, *from_command_line}:
+        from_file = {**from_file, "triggers": tuple(map(parse_trigger, DEFAULT_TRIGGERS))}
+    return watch_options(from_file, from_command_line)
+
+
+def _typed(option: _Option, text: object) -> object:
+    """Return a number where one is wanted: on the command line everything is text."""
+    is_number = isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 10
+    return int(str(text)) if is_number and option.read in (_positive, _port) else text
 
 
 def watch_options(from_file: Mapping[str, Any], from_command_line: Mapping[str, Any]) -> WatchOptions:
