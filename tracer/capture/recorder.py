@@ -415,9 +415,19 @@ class Recorder:
                 "kernel": platform.release(),
                 "machine": platform.machine(),
                 "cpus": str(os.cpu_count() or 0),
+                "cpu": _cpu_model(),
             },
             notes=tuple(self._traced.notes),
         )
+
+
+def _cpu_model() -> str:
+    """Return the model of the first CPU, "" where the kernel does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:
