@@ -3,6 +3,7 @@
 #   make test    every test this kernel allows; what is skipped is listed with its reason
 #   make lint    ruff, mypy, clang-format
 #   make bench   the figures of README's "What it costs", beside their peers
+#   make statistics   how often diff and verify are wrong, against simulated truth
 #   make vm      the test machine with kernel probes (vagrant/); make test-vm runs the kernel tests in it
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
@@ -65,5 +66,6 @@ clean:
 	rm -rf .venv .cache build *.egg-info
 
 include tests/bench/bench.mk
+include tests/statistics/statistics.mk
 include vagrant/vm.mk
 vm: setup vm-packages
