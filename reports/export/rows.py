@@ -37,7 +37,7 @@ from stallscope.reports.export.naming import (
     peer_addresses,
 )
 from stallscope.tracer.analysis.analysis import Analysis
-from stallscope.tracer.analysis.nesting import NO_PARENT
+from stallscope.tracer.analysis.containment import NO_PARENT
 from stallscope.tracer.analysis.requests import ACCEPTED
 from stallscope.tracer.manifest import CALL
 

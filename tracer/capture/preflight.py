@@ -29,7 +29,6 @@ OK, LIMITED, FAILED = "ok", "limited", "failed"
 _CAPABILITIES = {
     "CAP_SYS_ADMIN": 21,
     "CAP_SYS_PTRACE": 19,
-    "CAP_NET_ADMIN": 12,
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
@@ -171,15 +170,24 @@ def effective_capabilities() -> int:
 def _capabilities() -> Check:
     mask = effective_capabilities()
     held = {name for name, bit in _CAPABILITIES.items() if mask >> bit & 1}
-    may_trace = "CAP_SYS_ADMIN" in held or {"CAP_BPF", "CAP_PERFMON"} <= held
     user = f"uid {os.geteuid()}"
-    if not may_trace:
-        return Check("permission", FAILED, f"not root ({user})", "run it with sudo", needed=True)
-    missing = sorted({"CAP_SYS_PTRACE", "CAP_SYS_ADMIN"} - held)
-    if missing:
+    # since Linux 5.8 (a17b53c4a4b5, c9e0924e5c2b) these two stand for CAP_SYS_ADMIN
+    to_trace = {"CAP_BPF", "CAP_PERFMON"} - held if "CAP_SYS_ADMIN" not in held else set()
+    if to_trace:
         return Check(
-            "permission", LIMITED, f"{user} without {', '.join(missing)}",
-            "other users' processes and network namespaces are out of reach; run it with sudo", needed=True,
+            "permission", FAILED, f"{user} without {', '.join(sorted(to_trace))}",
+            "run it with sudo, or with CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE", needed=True,
+        )  # fmt: skip
+    if "CAP_SYS_PTRACE" not in held:
+        return Check(
+            "permission", LIMITED, f"{user} without CAP_SYS_PTRACE",
+            "other users' processes are out of reach; run it with sudo, or give it that too", needed=True,
+        )  # fmt: skip
+    if "CAP_SYS_ADMIN" not in held:
+        return Check(
+            "permission", LIMITED, f"{user} with CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE, without CAP_SYS_ADMIN",
+            "servers in other network namespaces (containers) are out of reach; for those run it with sudo",
+            needed=True,
         )  # fmt: skip
     return Check("permission", OK, f"{user}, all capabilities that tracing needs", needed=True)
 

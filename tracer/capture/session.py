@@ -37,6 +37,8 @@ from stallscope.tracer.stack_table import StackTable
 READ_NS = 50_000_000
 """How often waiting records are fetched; nobody is woken for them."""
 
+_MARK_TRIES = 20
+
 _SEARCH_NS = 250_000_000
 """How often a server that went away is looked for again on its port."""
 
@@ -58,6 +60,29 @@ class SessionOptions:
     any_program: bool = False
     password: str = ""
     command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The state of a session at one moment, where a part of it may begin or end.
+
+    Attributes:
+        time_ns: CLOCK_MONOTONIC.
+        counters: the in-kernel counters; unfinished: the spans under way (dtype ``EVENT``).
+        rows: how many records of each probe ``poll`` has returned so far, shape (MAX_PROBES,). Of those that a
+            counter says were sent, the rest comes with the next polls.
+        sampled: the last samples up to it; like those of ``poll`` they are returned once.
+        moment: the kernel's counters beside what the hooked functions added.
+        own_cpu_ns: CPU time of this process.
+    """
+
+    time_ns: int
+    counters: dict[int, ProbeCounters]
+    unfinished: npt.NDArray[np.void]
+    rows: npt.NDArray[np.int64]
+    sampled: npt.NDArray[np.void]
+    moment: Moment
+    own_cpu_ns: int
 
 
 @dataclass
@@ -178,7 +203,7 @@ class Session:
             ended_ns=ended_ns,
             wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
             ended_by=ended_by,
-            cost=self._cost(counters, ended_ns, used_ns),
+            cost=self._cost(counters, ended_ns - self.started_ns, used_ns),
         )
         return joined_events([sampled, counted, stacks, _without(unfinished, counted)]), counters, manifest
 
@@ -186,6 +211,55 @@ class Session:
     def stacks(self) -> StackTable | None:
         """What the ``stack`` numbers of stack samples mean, for whoever writes the rows; it grows."""
         return self._stack_table
+
+    def unfinished(self) -> npt.NDArray[np.void]:
+        """Return the calls and stalls that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
+        return self._traced.unfinished(time.monotonic_ns())
+
+    def mark(self) -> Mark:
+        """Return the state at this moment; a part of the session may begin or end here.
+
+        A call that begins between two readings would be counted and not be under way: it is tried again until none
+        did, for as long as calls leave room for it.
+        """
+        sampled = self._sampler.sample(time.monotonic_ns())
+        moment = self._moment()
+        for _ in range(_MARK_TRIES):
+            before = self._traced.counters()
+            time_ns, unfinished, counters = self._traced.state()
+            if all(counter.hits == before[probe].hits for probe, counter in counters.items()):
+                break
+        return Mark(time_ns, counters, unfinished, self._rows.copy(), sampled, moment, own_cpu_ns())
+
+    def part(self, start: Mark, end: Mark | None = None, counters: dict[int, ProbeCounters] | None = None) -> Manifest:
+        """Return the manifest of the part of this session between two marks, or of one that has not ended.
+
+        Args:
+            counters: what was counted in it; for the cost.
+        """
+        manifest = self.manifest()
+        starts = self._starts | dict.fromkeys(start.moment.kernel, start.moment)
+        begun = [
+            replace(info, counters_start=dict(starts[info.inode].kernel[info.inode])) for info in manifest.namespaces
+        ]
+        manifest = replace(
+            manifest,
+            started_ns=start.time_ns,
+            targets=tuple(info for info in manifest.targets if not 0 < info.end_ns < start.time_ns),
+            namespaces=tuple(begun),
+        )
+        if end is None:
+            return manifest
+        names = COUNTED if self._traced.listener_rung else ()
+        known = [info for info in begun if info.inode in end.moment.kernel]
+        used_ns = end.own_cpu_ns - start.own_cpu_ns
+        return replace(
+            manifest,
+            namespaces=tuple(with_end(info, starts[info.inode], end.moment, names) for info in known),
+            ended_ns=end.time_ns,
+            wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
+            cost=self._cost(counters or {}, end.time_ns - start.time_ns, used_ns),
+        )
 
     def close(self) -> None:
         """Detach and free everything; may be called more than once."""
@@ -272,7 +346,7 @@ class Session:
         progress.own_share = (own_cpu_ns() - self._cpu_ns) / progress.elapsed_ns
         progress.notes = [note.text for note in self._traced.notes]
 
-    def _cost(self, counters: dict[int, ProbeCounters], ended_ns: int, used_ns: int) -> dict[str, float]:
+    def _cost(self, counters: dict[int, ProbeCounters], elapsed_ns: int, used_ns: int) -> dict[str, float]:
         """Return what tracing cost; keys carry their units."""
         hits = sum(counter.hits for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE)
         return {
@@ -281,7 +355,7 @@ class Session:
             "calls_traced": float(hits),
             "traced_process_ns": hits * self._call_cost_ns,
             "own_cpu_ns": float(used_ns),
-            "elapsed_ns": float(ended_ns - self.started_ns),
+            "elapsed_ns": float(elapsed_ns),
         }
 
     def _open_all(self) -> list[Target]:

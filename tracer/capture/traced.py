@@ -338,19 +338,24 @@ class TracedSet:
             unfinished), and the in-kernel counters at that moment. Records up to it, and some later ones,
             are still to be read.
         """
+        now_ns, unfinished, counters = self.state()
+        for program in self._programs:
+            program.detach_all()
+        return now_ns, unfinished, counters
+
+    def state(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
+        """Return what :meth:`stop` returns, of this moment; nothing is detached."""
         spans = [program.unfinished() for program in self._programs if isinstance(program, Program)]
         counters = self.counters()
-        ended_ns = time.monotonic_ns()
+        now_ns = time.monotonic_ns()
         unfinished, left = _under_way(
-            np.concatenate([unfinished for unfinished, _ in spans]), ended_ns, self.options.stall_ns
+            np.concatenate([unfinished for unfinished, _ in spans]), now_ns, self.options.stall_ns
         )
         left = np.concatenate([left, *(left_behind for _, left_behind in spans)])
         for probe, count in zip(*np.unique(left["probe"], return_counts=True), strict=True):
             counter = counters[int(probe)]
             counters[int(probe)] = replace(counter, abandoned=counter.abandoned + int(count))
-        for program in self._programs:
-            program.detach_all()
-        return ended_ns, unfinished, counters
+        return now_ns, unfinished, counters
 
     def close(self) -> None:
         """Detach and free everything; may be called at any time, more than once."""
