@@ -305,29 +305,12 @@ def _pmu(kind: str) -> tuple[int, int]:
 def _why_not(number: int, path: str, offset: int, pid: int) -> str:
     place = f"cannot attach a uprobe at {offset:#x} of {path} in process {pid}"
     if number in (errno.EACCES, errno.EPERM):
-        if perf_events_refused():
-            return (
-                f"{place}: kernel.perf_event_paranoid keeps perf events for CAP_SYS_ADMIN; run as root, or set it to 2"
-            )
+        if not has_uprobe_links():
+            return f"{place}: not permitted; before Linux 6.10 that takes CAP_SYS_ADMIN: run as root"
         return f"{place}: not permitted; run as root or with CAP_BPF and CAP_PERFMON, and see kernel lockdown"
     if number == errno.ESRCH:
         return f"{place}: the process is gone"
     return f"{place}: {os.strerror(number)}"
-
-
-def perf_events_refused() -> str:
-    """Return why we may not open perf events at all, "" where we may.
-
-    Debian's and Ubuntu's kernels know values of kernel.perf_event_paranoid above 2, which ask for CAP_SYS_ADMIN. A
-    dummy event on ourselves is opened and closed.
-    """
-    # struct perf_event_attr, PERF_ATTR_SIZE_VER0: PERF_TYPE_SOFTWARE, PERF_COUNT_SW_DUMMY
-    buffer = ctypes.create_string_buffer(struct.pack("=IIQQQQQII", 1, 64, 9, 0, 0, 0, 0, 0, 0), 64)
-    handle: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, buffer, 0, -1, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC))
-    if handle < 0:
-        return os.strerror(ctypes.get_errno())
-    os.close(handle)
-    return ""
 
 
 def load_trial(kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> str:

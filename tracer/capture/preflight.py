@@ -14,7 +14,7 @@ from pathlib import Path
 from stallscope.probes.catalogue import default_functions
 from stallscope.tracer.capture.backlog import SockDiag, socket_inodes
 from stallscope.tracer.capture.bcc_library import bcc_version, load_bcc
-from stallscope.tracer.capture.bpf import has_uprobe_links, load_trial, perf_events_refused
+from stallscope.tracer.capture.bpf import has_uprobe_links, load_trial
 from stallscope.tracer.capture.btf import KERNEL_BTF, kernel_types
 from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG, plan_loop
 from stallscope.tracer.capture.listener import KPROBES, fentry_refusal
@@ -175,9 +175,12 @@ def effective_capabilities() -> int:
     return 0
 
 
+def _holds(name: str) -> bool:
+    return bool(effective_capabilities() >> _CAPABILITIES[name] & 1)
+
+
 def _capabilities() -> Check:
-    mask = effective_capabilities()
-    held = {name for name, bit in _CAPABILITIES.items() if mask >> bit & 1}
+    held = {name for name in _CAPABILITIES if _holds(name)}
     user = f"uid {os.geteuid()}"
     # since Linux 5.8 (a17b53c4a4b5, c9e0924e5c2b) these two stand for CAP_SYS_ADMIN
     to_trace = {"CAP_BPF", "CAP_PERFMON"} - held if "CAP_SYS_ADMIN" not in held else set()
@@ -234,11 +237,11 @@ def _bcc() -> Check:
 def _uprobes() -> Check:
     if not Path("/sys/bus/event_source/devices/uprobe/type").exists():
         return Check("uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True)
-    refused = perf_events_refused()
-    if refused and not has_uprobe_links():
+    if not _holds("CAP_SYS_ADMIN") and not has_uprobe_links():
+        # a uprobe's perf event is refused with CAP_PERFMON (EACCES on 6.1 and 6.18); links are not
         return Check(
-            "uprobes", FAILED, f"this kernel keeps perf events for CAP_SYS_ADMIN ({refused})",
-            "run it with sudo, set kernel.perf_event_paranoid to 2, or use Linux 6.10 or newer", needed=True,
+            "uprobes", FAILED, "before Linux 6.10, which has uprobe links, they take CAP_SYS_ADMIN",
+            "run it with sudo", needed=True,
         )  # fmt: skip
     return Check("uprobes", OK, "functions are timed call by call", needed=True)
 
