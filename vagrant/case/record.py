@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from case import PROJECT, CaseError
 from case.steps import Variant
@@ -65,6 +66,11 @@ class Run:
     def load(self) -> Path:
         """What the clients met, as ``incident.py --load-json`` wrote it."""
         return self.folder / f"{self.number}.load.json"
+
+    @property
+    def summary(self) -> Path:
+        """What ``stallscope summary --json`` says of it."""
+        return self.folder / f"{self.number}.summary.json"
 
     @property
     def made(self) -> Path:
@@ -152,12 +158,61 @@ def _record(run: Run) -> None:
             command = f"{sys.executable} {_incident_words(variant, str(INCIDENT), stallscope(), *files)}"
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         load_average = os.getloadavg()[0]
-        done = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True)
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-        if done.returncode != 0:
+        status, said = _run(command)
+        if status != 0:
             last = said.splitlines()[-1] if said else "it said nothing"
-            raise CaseError(f"{variant.name}, run {run.number}, ended with status {done.returncode}: {last}")
-        for path, target in ((made.with_suffix(".stall"), run.recording), (made.with_suffix(".load.json"), run.load)):
-            path.replace(target)
+            raise CaseError(f"{variant.name}, run {run.number}, ended with status {status}: {last}")
+        made.with_suffix(".stall").replace(run.recording)
+        made.with_suffix(".load.json").replace(run.load)
     how = Made(command_shown(variant), started, round(load_average, 2), os.cpu_count() or 1, said)
     run.made.write_text(json.dumps(asdict(how), indent=1) + "\n")
+    summarise(run)
+
+
+def _run(command: str) -> tuple[int, str]:
+    """Return the exit status and the last lines of a shell's command; whatever happens, it is gone then."""
+    with tempfile.TemporaryFile() as output:
+        words = ["bash", "-c", f"exec {command}"]
+        process = subprocess.Popen(words, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    return status, "\n".join(lines[-8:])
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Return what ``stallscope summary --json`` says of a recording; asked once, and kept beside it.
+
+    Raises:
+        CaseError: it cannot be read, or the tracer had not attached when the trims could begin.
+    """
+    if not run.summary.exists() or run.summary.stat().st_mtime < run.recording.stat().st_mtime:
+        run.summary.write_text(ask("summary", str(run.recording), "--json"))
+    summary: dict[str, Any] = json.loads(run.summary.read_text())
+    load = json.loads(run.load.read_text())
+    attached_s = (summary["targets"][0]["start_ns"] - load["started_ns"]) / 1e9
+    if attached_s > load["recipe"]["attach_s"]:
+        run.made.unlink()
+        raise CaseError(
+            f"{run.variant.name}, run {run.number}: the probes were attached {attached_s:.1f} s after the load's "
+            f"start, too late; run again where less goes on, or raise attach in steps.toml"
+        )
+    return summary
+
+
+def ask(*words: str, accepted: tuple[int, ...] = (0,)) -> str:
+    """Return what ``stallscope`` with these words writes to stdout.
+
+    Raises:
+        CaseError: its exit code is not one of those accepted; the message is its own.
+    """
+    done = subprocess.run([stallscope(), *words], cwd=PROJECT, capture_output=True, text=True)
+    if done.returncode not in accepted:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise CaseError(f"stallscope {words[0]} ended with {done.returncode}: {said}")
+    return done.stdout

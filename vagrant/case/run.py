@@ -15,6 +15,7 @@ use, `nice -n -15 run.py ...` keeps their work out of the recordings.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
     carry_niceness()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # a shell's background job: let it be interrupted, and all it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         steps = load_steps(options.steps) if options.steps else load_steps()
         options.work(steps, options)

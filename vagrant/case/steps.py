@@ -20,6 +20,7 @@ from lab.recipes import RECIPES
 from case import CaseUsageError
 
 STEPS = Path(__file__).with_name("steps.toml")
+PLACE = re.compile(r"\{(?:all|typical):([a-z0-9-]+)\}")
 _NAME = re.compile(r"[a-z0-9-]+")
 _OPTIONS = {flag.removeprefix("--") for flag, *_ in RECIPE_OPTIONS}
 
@@ -78,12 +79,44 @@ class MemoryStep:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A command of ``stallscope`` on recordings, whose output the study shows.
+
+    Attributes:
+        words: ``{all:VARIANT}`` stands for its recordings, ``{typical:VARIANT}`` for the run nearest to their median.
+        status: the exit code that the story needs.
+        sections: with what the parts of the output begin that are shown; all of it where there are none.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    status: int = 0
+    sections: tuple[str, ...] = ()
+
+    def variants(self) -> set[str]:
+        """Return the variants it asks about."""
+        return {name for word in self.words for name in PLACE.findall(word)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A piece of a variant's page: so many seconds before and after its worst stall, or all of it."""
+
+    name: str
+    variant: str
+    before_s: float | None = None
+    after_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Steps:
-    """All of ``steps.toml``."""
+    """All of ``steps.toml``; ``article`` is what the article says, by name."""
 
     variants: dict[str, Variant]
     memory: MemoryStep
-    document: dict[str, Any]
+    questions: dict[str, Question]
+    pictures: dict[str, Picture]
+    article: dict[str, Any]
 
 
 def load_steps(path: Path = STEPS) -> Steps:
@@ -101,6 +134,18 @@ def load_steps(path: Path = STEPS) -> Steps:
         memory = document["memory"]
         sizes, builds = tuple(memory["value_bytes"]), tuple(memory["builds"])
         step = MemoryStep(**{**memory, "value_bytes": sizes, "builds": builds})
+        questions = {name: _question(name, fields) for name, fields in document.get("question", {}).items()}
+        pictures = {name: Picture(name, **fields) for name, fields in document.get("picture", {}).items()}
+        for name in (
+            *(one for asked in questions.values() for one in asked.variants()),
+            *(picture.variant for picture in pictures.values()),
+        ):
+            variants[name]
     except (KeyError, TypeError) as error:
         raise CaseUsageError(f"cannot read {path}: {error}; compare it with the comment at its head") from None
-    return Steps(variants, step, document)
+    return Steps(variants, step, questions, pictures, document.get("article", {}))
+
+
+def _question(name: str, fields: dict[str, Any]) -> Question:
+    lists = {key: tuple(fields[key]) for key in ("words", "sections") if key in fields}
+    return Question(**{**fields, **lists, "name": name})
