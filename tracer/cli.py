@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import doctor, export, imports, probes, record, report, summary
+from stallscope.tracer.commands import diff, doctor, export, imports, plan, probes, record, report, summary, verify
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -23,6 +23,8 @@ def cli() -> None:
       stallscope record --port 6379 -d 1m         record the server on port 6379
       stallscope summary FILE.stall               what blocked it, and what was refused
       stallscope report FILE.stall                the same as one page with a timeline
+      stallscope diff BEFORE.stall AFTER.stall    what changed, and what may be chance
+      stallscope verify AFTER.stall --baseline BEFORE.stall    whether a fix did what it should
       stallscope export FILE.stall -f perfetto    the same for another tool
     """
 
@@ -31,6 +33,9 @@ for _command in (
     record.record,
     summary.summary,
     report.report,
+    diff.diff,
+    verify.verify,
+    plan.plan,
     export.export,
     imports.import_,
     probes.probes,

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from stallscope.tracer import cli
 from stallscope.tracer.capture.recorder import Progress
-from stallscope.tracer.commands.parameters import _Parsed
+from stallscope.tracer.commands.parameters import Parsed
 from stallscope.tracer.commands.record import progress_line, record
 from stallscope.tracer.commands.summary import summary
 from stallscope.tracer.errors import UsageError
@@ -212,5 +212,5 @@ def test_an_error_of_ours_in_a_converter_is_a_usage_error() -> None:
         raise UsageError(f"no {text}")
 
     with pytest.raises(click.BadParameter, match="no thing"):
-        _Parsed("thing", refuse).convert("thing", None, None)
-    assert _Parsed("thing", refuse).convert(7, None, None) == 7
+        Parsed("thing", refuse).convert("thing", None, None)
+    assert Parsed("thing", refuse).convert(7, None, None) == 7

@@ -47,6 +47,24 @@ def with_waits(frame: pd.DataFrame, tables: Tables) -> tuple[pd.DataFrame, bool]
     return frame.assign(**columns), told and len(accepted) == event_hits(tables)[ACCEPTED]
 
 
+def accept_waits(tables: Tables) -> _Waits | None:
+    """Return all waits in the accept queue that are known: since when, and until accept(); sorted by the first.
+
+    Where the kernel was hooked, of every connection; elsewhere of those that a sample saw waiting, and at least.
+    None where nothing is known.
+    """
+    accepted = tables.requests.loc[tables.requests["event"] == ACCEPTED]
+    if not accepted.empty:
+        return _told(accepted)
+    known = [_bounded(tables, pid) for pid in {listener.pid for listener in tables.manifest.listeners}]
+    parts = [waits for waits in known if waits is not None]
+    if not parts:
+        return None
+    since, until = (np.concatenate(ends) for ends in zip(*parts, strict=True))
+    order = np.argsort(since, kind="stable")
+    return since[order], until[order]
+
+
 def _told(accepted: pd.DataFrame) -> _Waits:
     since = accepted["time_ns"].to_numpy()
     order = np.argsort(since, kind="stable")

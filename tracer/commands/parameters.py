@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2 on
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.2 on
     """An option whose text one of our functions reads."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -31,9 +31,9 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only from c
             self.fail(str(error), param, ctx)
 
 
-DURATION = _Parsed("duration", parse_duration_ns)
-OFFSET = _Parsed("offset", parse_offset_ns)
-SIZE = _Parsed("size", parse_bytes)
+DURATION = Parsed("duration", parse_duration_ns)
+OFFSET = Parsed("offset", parse_offset_ns)
+SIZE = Parsed("size", parse_bytes)
 
 
 def console() -> Console:
