@@ -42,7 +42,8 @@ def _parts(comparison: Comparison) -> list[list[Line]]:
 
 
 def _sides(comparison: Comparison) -> list[Line]:
-    table = table_of("", "recording", "server", "watched", "clients", "connections/s", "commands/s", first_left=True)
+    table = table_of("", "watched", "clients", "connections/s", "commands/s", "recording", first_left=True)
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for name, runs in (("before", comparison.before), ("after", comparison.after)):
         for run in runs:
             table.add_row(name, *_run_cells(run))
@@ -52,11 +53,12 @@ def _sides(comparison: Comparison) -> list[Line]:
 def _run_cells(run: RunSummary) -> list[str]:
     numbers = (run.clients, run.connections_per_s, run.commands_per_s)
     told = ["?" if number is None else f"{number:,.0f}" for number in numbers]
-    return [plain(run.path), plain(run.server), exposure_text(run.exposure_s), *told]
+    return [exposure_text(run.exposure_s), *told, plain(f"{run.path} ({run.server})")]
 
 
 def _subject(subject: str, changes: list[Change], confidence: float) -> list[Line]:
     table = table_of("", "before", "after", "change", f"{confidence:.0%} interval", "p", "n", first_left=True)
+    table.columns[0].no_wrap = True
     known = [change for change in changes if change.before.n or change.after.n]
     if not known:
         return [heading(subject), Padding(faint("nothing on either side"), INDENT)]
@@ -69,7 +71,7 @@ def _subject(subject: str, changes: list[Change], confidence: float) -> list[Lin
             Text(change_text(change) if change.significant else NONE, style=style),
             interval_text(change),
             p_text(change),
-            f"{change.before.n:,}+{change.after.n:,}",
+            f"{_short(change.before.n)}+{_short(change.after.n)}",
         )
     lines: list[Line] = [heading(subject), Padding(table, INDENT)]
     reasons = dict.fromkeys(change.why_not for change in known if change.why_not)
@@ -99,6 +101,14 @@ def interval_text(change: Change) -> str:
         return "-"
     high = "inf" if change.high is None else _bound(change.high)
     return f"[{_bound(change.low)}, {high}]"
+
+
+def _short(number: int) -> str:
+    """Return a number in at most four characters and a letter."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 10 * size:
+            return f"{number / size:.0f}{unit}"
+    return f"{number}"
 
 
 def _bound(ratio: float) -> str:

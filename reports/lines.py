@@ -27,7 +27,7 @@ def table_of(*columns: str, first_left: bool = False) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_edge=False)
     for index, column in enumerate(columns):
         left = (first_left and index == 0) or column == "mostly in"
-        table.add_column(column, justify="left" if left else "right", no_wrap=not left or first_left, overflow="fold")
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     return table
 
 

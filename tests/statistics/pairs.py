@@ -45,7 +45,7 @@ def record_storms(folder: Path, build: str, seconds: float, number: int = 0) -> 
     if not path.exists():
         with ExitStack() as stack:
             server = stack.enter_context(running_server(build))
-            stack.enter_context(storms(server.port, uploaders=100, idle=2_500, connections_per_s=50))
+            stack.enter_context(storms(server.port, uploaders=60, idle=2_500, connections_per_s=50))
             record(server, path, seconds)
     return path
 

@@ -25,7 +25,7 @@ def plan(baselines: tuple[str, ...], rate: float | None, event: str | None, conf
     \b
     Examples:
       stallscope plan --baseline before.stall --rate 1/h
-      stallscope plan --baseline 'before-*.stall' --rate 1/h --event 'clientsCronResizeQueryBuffer>5ms'
+      stallscope plan --baseline 'before-*.stall' --rate 1/h --event 'serverCron>50ms'
     """
     from stallscope.reports import verification_text
     from stallscope.tracer.analysis.compare.limits import parse_event

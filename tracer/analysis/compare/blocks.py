@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,24 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """Blocks with many weightings of them; shape of weights: (many, blocks)."""
+
+    blocks: Blocks
+    weights: Floats
+
+    @cached_property
+    def exposure_s(self) -> Floats:
+        """Return for how long servers were watched, for each weighting."""
+        return self.weights @ self.blocks.exposure_s
+
+    @cached_property
+    def running(self) -> Floats:
+        """Return how many events are in each bin or a lower one, for each weighting; shape (many, bins)."""
+        return np.cumsum(self.weights @ self.blocks.bins, axis=1)
+
+
+@dataclass(frozen=True)
 class Cut:
     """Both sides cut into blocks of one length, with common bins of lengths.
 
@@ -68,6 +87,23 @@ class Cut:
     before: Blocks
     after: Blocks
     length_ns: Floats
+
+    @cached_property
+    def drawn(self) -> tuple[Weighted, Weighted]:
+        """Return both sides with their blocks drawn again, within each recording."""
+        rng = np.random.default_rng(_SEED)
+        one, two = (Weighted(blocks, _drawn(blocks, RESAMPLES, rng)) for blocks in (self.before, self.after))
+        return one, two
+
+    @cached_property
+    def dealt(self) -> tuple[Weighted, Weighted]:
+        """Return both sides with the blocks of both dealt at random; the first as they were."""
+        pooled = _joined([self.before, self.after])
+        order = np.argsort(np.random.default_rng(_SEED).random((RESAMPLES, len(pooled))), axis=1)
+        taken = np.zeros((RESAMPLES + 1, len(pooled)))
+        np.put_along_axis(taken[1:], order[:, : len(self.after)], 1.0, axis=1)
+        taken[0, len(self.before) :] = 1.0
+        return Weighted(pooled, 1.0 - taken), Weighted(pooled, taken)
 
 
 def cuts(before: Side, after: Side, name: str) -> list[Cut]:
@@ -128,15 +164,30 @@ def _side_blocks(runs: Sequence[Run], spans: Sequence[Spans | None], block_s: fl
             count, total, own = count + short, total + short_ns, own + short_ns
             table[:, 0] = short
         parts.append(Blocks(np.full(number, index), exposure, count, total, own, table))
-    names = ("run", "exposure_s", "count", "total_ns", "self_ns", "bins")
-    return Blocks(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    return _joined(parts)
+
+
+_ARRAYS = ("run", "exposure_s", "count", "total_ns", "self_ns", "bins")
+
+
+def _joined(parts: Sequence[Blocks]) -> Blocks:
+    return Blocks(*(np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS))
+
+
+def _drawn(blocks: Blocks, draws: int, rng: np.random.Generator) -> Floats:
+    """Return how often each block is drawn, within its recording; shape (draws, blocks)."""
+    weights = np.zeros((draws, len(blocks)))
+    for run in np.unique(blocks.run):
+        mine = np.flatnonzero(blocks.run == run)
+        weights[:, mine] = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=draws)
+    return weights
 
 
 class Statistic:
     """A number of a side, computed for many weightings of its blocks at once."""
 
-    def of(self, blocks: Blocks, length_ns: Floats, weights: Floats) -> Floats:
-        """Return the number for each weighting; NaN where there is none. Shape of weights: (many, blocks)."""
+    def of(self, weighted: Weighted, length_ns: Floats) -> Floats:
+        """Return the number for each weighting; NaN where there is none."""
         raise NotImplementedError
 
 
@@ -146,11 +197,11 @@ class PerSecond(Statistic):
 
     column: str
 
-    def of(self, blocks: Blocks, length_ns: Floats, weights: Floats) -> Floats:
+    def of(self, weighted: Weighted, length_ns: Floats) -> Floats:
         """Return the sum over the exposure."""
-        exposure = weights @ blocks.exposure_s
-        return np.divide(weights @ getattr(blocks, self.column), exposure, out=np.full(len(weights), np.nan),
-                         where=exposure > 0)  # fmt: skip
+        total = weighted.weights @ getattr(weighted.blocks, self.column)
+        exposure = weighted.exposure_s
+        return np.divide(total, exposure, out=np.full(len(total), np.nan), where=exposure > 0)
 
 
 @dataclass(frozen=True)
@@ -159,9 +210,9 @@ class Quantile(Statistic):
 
     share: float
 
-    def of(self, blocks: Blocks, length_ns: Floats, weights: Floats) -> Floats:
+    def of(self, weighted: Weighted, length_ns: Floats) -> Floats:
         """Return the quantile, in ns; NaN where it is below what was recorded."""
-        running = np.cumsum(weights @ blocks.bins, axis=1)
+        running = weighted.running
         count = running[:, -1]
         # shares of whole calls: a thousandth forgives what interpolation made of those only counted
         rank = np.maximum(np.ceil(self.share * count - 1e-3), 1e-9)
@@ -189,26 +240,21 @@ class Resampled:
     runs: tuple[float, int]
 
 
-def change(
-    sides: Sequence[Cut], statistic: Statistic, confidence: float, own_rng: np.random.Generator | None = None
-) -> Resampled:
+def change(sides: Sequence[Cut], statistic: Statistic, confidence: float) -> Resampled:
     """Return what the blocks tell of the change of a number, the most careful of all block lengths."""
-    rng = own_rng or np.random.default_rng(_SEED)
     variances, lows, highs, p_values = [], [], [], []
     runs = (0.0, 0)
     for cut in sides:
-        p_values.append(_permuted(cut, statistic, rng))
-        logs = [_bootstrap(blocks, cut.length_ns, statistic, rng) for blocks in (cut.before, cut.after)]
-        if any(one is None for one in logs):
+        p_values.append(_permuted(cut, statistic))
+        one, two = (_logarithms(side, cut.length_ns, statistic) for side in cut.drawn)
+        if one is None or two is None:
             continue
-        one, two = (values for values in logs if values is not None)
         many = min(len(one), len(two))
-        ratio = two[:many] - one[:many]
+        tails = np.quantile(two[:many] - one[:many], [(1 - confidence) / 2, (1 + confidence) / 2])
         variances.append(_grown(float(np.var(one)), cut.before) + _grown(float(np.var(two)), cut.after))
-        tails = np.quantile(ratio, [(1 - confidence) / 2, (1 + confidence) / 2])
-        lows.append(tails[0])
-        highs.append(tails[1])
-        runs = _between(cut, statistic, rng)
+        lows.append(float(tails[0]))
+        highs.append(float(tails[1]))
+        runs = _between(cut, statistic)
     if not sides:
         return Resampled(math.nan, math.nan, math.nan, 1.0, 0, runs)
     blocks = len(sides[-1].before) + len(sides[-1].after)
@@ -217,9 +263,9 @@ def change(
     return Resampled(max(variances), math.exp(min(lows)), math.exp(max(highs)), max(p_values), blocks, runs)
 
 
-def side_bounds(blocks: Blocks, length_ns: Floats, statistic: Statistic, confidence: float) -> tuple[float, float]:
+def side_bounds(side: Weighted, length_ns: Floats, statistic: Statistic, confidence: float) -> tuple[float, float]:
     """Return the bounds of one side's number by bootstrap; NaN where too few blocks have events."""
-    logs = _bootstrap(blocks, length_ns, statistic, np.random.default_rng(_SEED))
+    logs = _logarithms(side, length_ns, statistic)
     if logs is None:
         return math.nan, math.nan
     low, high = np.quantile(logs, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -230,20 +276,14 @@ _FEWEST = 3
 """Blocks with events that a side needs for a bootstrap."""
 
 
-def _bootstrap(
-    blocks: Blocks, length_ns: Floats, statistic: Statistic, rng: np.random.Generator, draws: int = RESAMPLES
-) -> Floats | None:
-    """Return logarithms of the number with blocks drawn again, within each recording; None: too few."""
-    if blocks.occupied < _FEWEST:
+def _logarithms(side: Weighted, length_ns: Floats, statistic: Statistic) -> Floats | None:
+    """Return logarithms of the number for each weighting that has one; None: too few blocks have events."""
+    if side.blocks.occupied < _FEWEST:
         return None
-    weights = np.zeros((draws, len(blocks)))
-    for run in np.unique(blocks.run):
-        mine = np.flatnonzero(blocks.run == run)
-        weights[:, mine] = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=draws)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(statistic.of(blocks, length_ns, weights))
+        logs = np.log(statistic.of(side, length_ns))
     logs = logs[np.isfinite(logs)]
-    return logs if len(logs) >= draws // 2 else None
+    return logs if len(logs) >= len(side.weights) // 2 else None
 
 
 def _grown(variance: float, blocks: Blocks) -> float:
@@ -252,41 +292,31 @@ def _grown(variance: float, blocks: Blocks) -> float:
     return float(variance) * len(blocks) / number if number else math.inf
 
 
-def _permuted(cut: Cut, statistic: Statistic, rng: np.random.Generator) -> float:
+def _permuted(cut: Cut, statistic: Statistic) -> float:
     """Return how often a change at least as great comes about when blocks are dealt to the sides at random."""
-    first, second = cut.before, cut.after
-    names = ("run", "exposure_s", "count", "total_ns", "self_ns", "bins")
-    pooled = Blocks(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in names))
-    total = len(pooled)
-    order = np.argsort(rng.random((RESAMPLES, total)), axis=1)
-    taken = np.zeros((RESAMPLES + 1, total))
-    np.put_along_axis(taken[1:], order[:, : len(second)], 1.0, axis=1)
-    taken[0, len(first) :] = 1.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        one = np.log(statistic.of(pooled, cut.length_ns, 1.0 - taken))
-        two = np.log(statistic.of(pooled, cut.length_ns, taken))
+        one, two = (np.log(statistic.of(side, cut.length_ns)) for side in cut.dealt)
         size = np.abs(two - one)
     # nothing on one side is the greatest change there is; nothing on both is none
     size = np.where(np.isnan(size), 0.0, size)
     return float(np.mean(size >= size[0] - 1e-12))
 
 
-def _between(cut: Cut, statistic: Statistic, rng: np.random.Generator) -> tuple[float, int]:
+def _between(cut: Cut, statistic: Statistic) -> tuple[float, int]:
     """Return the variance of the logarithm among recordings of a side beyond that within, and its freedom."""
     squares, freedom = 0.0, 0
-    for blocks in (cut.before, cut.after):
+    for side in cut.drawn:
+        numbers = np.unique(side.blocks.run)
         values, within = [], []
-        numbers = np.unique(blocks.run)
         for run in numbers if len(numbers) > 1 else ():
-            mine = blocks.run == run
-            part = Blocks(*(getattr(blocks, name)[mine]
-                            for name in ("run", "exposure_s", "count", "total_ns", "self_ns", "bins")))  # fmt: skip
+            mine = side.blocks.run == run
+            part = Blocks(*(getattr(side.blocks, name)[mine] for name in _ARRAYS))
             with np.errstate(divide="ignore", invalid="ignore"):
-                value = float(np.log(statistic.of(part, cut.length_ns, np.ones((1, len(part)))))[0])
-            logs = _bootstrap(part, cut.length_ns, statistic, rng, draws=199)
+                value = float(np.log(statistic.of(Weighted(part, np.ones((1, len(part)))), cut.length_ns))[0])
+            logs = _logarithms(Weighted(part, side.weights[:, mine]), cut.length_ns, statistic)
             if math.isfinite(value):
                 values.append(value)
-                within.append(0.0 if logs is None else float(np.var(logs)))
+                within.append(0.0 if logs is None else _grown(float(np.var(logs)), part))
         if len(values) > 1:
             squares += max(float(np.var(values, ddof=1)) - float(np.mean(within)), 0.0) * (len(values) - 1)
             freedom += len(values) - 1

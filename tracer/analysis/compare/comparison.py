@@ -318,10 +318,7 @@ class _Maker:
     def _side_bounds(self, side: int, statistic: Statistic) -> tuple[float | None, float | None]:
         if not self.cuts:
             return None, None
-        bounds = [
-            blocked.side_bounds((cut.before, cut.after)[side], cut.length_ns, statistic, self.confidence)
-            for cut in self.cuts
-        ]
+        bounds = [blocked.side_bounds(cut.drawn[side], cut.length_ns, statistic, self.confidence) for cut in self.cuts]
         if any(math.isnan(low) for low, _ in bounds):
             return None, None
         return min(low for low, _ in bounds), max(high for _, high in bounds)
