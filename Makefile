@@ -3,6 +3,7 @@
 #   make test    every test this kernel allows; what is skipped is listed with its reason
 #   make lint    ruff, mypy, clang-format
 #   make bench   the figures of README's "What it costs", beside their peers
+#   make case    the incident's story again: recordings of all variants, their table, CASE-STUDY.md
 #   make vm      the test machine with kernel probes (vagrant/); make test-vm runs the kernel tests in it
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
@@ -66,4 +67,5 @@ clean:
 
 include tests/bench/bench.mk
 include vagrant/vm.mk
+include vagrant/case/case.mk
 vm: setup vm-packages

@@ -23,12 +23,10 @@ class Column:
 
 STORM = (
     Column("connections refused", "refused", "count"),
-    Column("clients that gave up connecting", "connect_timeouts", "count"),
-    Column("clients that gave up waiting", "reply_timeouts", "count"),
+    Column("clients that waited in vain", "reply_timeouts", "count"),
     Column("queue at most", "queue_max", "count"),
     Column("longest PING", "ping_max_ms", "milliseconds"),
     Column("worst stall", "worst_ns", "duration", BELOW_THRESHOLD),
-    Column("longest clientsCron", "tick_max_ns", "duration"),
     Column("one trim at most", "trim_max_ns", "duration", "never called"),
     Column("time in trims", "trim_ns_per_s", "share of time", "none"),
     Column("time in purges", "purge_ns_per_s", "share of time", "none"),
@@ -47,10 +45,21 @@ SMALL = (
 def cells(variant: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
     """Return one variant's row: name, server, runs, and the columns over its runs."""
     runs = variant["runs"]
-    numbers = [interval(spread([run[one.metric] for run in runs]), one.kind, one.missing) for one in columns]
+    numbers = [interval(spread([run[one.metric] for run in runs]), one.kind, one.missing, len(runs)) for one in columns]
     return [variant["name"], variant["build"], str(len(runs)), *numbers]
 
 
 def headings(columns: Sequence[Column]) -> list[str]:
     """Return the table's headings."""
     return ["variant", "Redis", "runs", *(one.heading for one in columns)]
+
+
+def transposed(variants: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    """Return the same table for a terminal: a line for each column, a block for each variant."""
+    width = max(len(heading) for heading in headings(columns))
+    blocks = []
+    for variant in variants:
+        name, *values = cells(variant, columns)
+        lines = [f"  {heading:{width}}  {value}" for heading, value in zip(headings(columns)[1:], values, strict=True)]
+        blocks.append("\n".join([f"{name} ({variant['about']})", *lines]))
+    return "\n\n".join(blocks)

@@ -15,6 +15,7 @@ from typing import Any
 TRIM = "sdsRemoveFreeSpace"
 PURGE = "je_pages_purge"
 TICK = "clientsCron"
+VISIT = "clientsCronResizeQueryBuffer"
 
 Json = Mapping[str, Any]
 
@@ -51,7 +52,7 @@ def measure(summary: Json, load: Json) -> dict[str, float | None]:
     functions = {function["name"]: function for function in summary["functions"]}
     purges = [function for name, function in functions.items() if name.startswith(PURGE)]
     purge_max_ns = max((one["max_ns"] for one in purges if one["max_ns"] is not None), default=None)
-    trims, tick = functions.get(TRIM), functions.get(TICK)
+    trims, tick, visits = functions.get(TRIM), functions.get(TICK), functions.get(VISIT)
     elapsed_s = summary["elapsed_ns"] / 1e9
     loop = summary["loop"] or {}
     worst = max(summary["stalls"], key=lambda stall: stall["duration_ns"], default=None)
@@ -60,8 +61,9 @@ def measure(summary: Json, load: Json) -> dict[str, float | None]:
     connections = load["connections"]
     return {
         "elapsed_s": elapsed_s,
-        "refused": sum(one["counted"] for one in summary["reconciliation"]),
-        "observed": sum(one["observed"] for one in summary["reconciliation"]),
+        "refused": sum(sum(one["overflows"].values()) for one in summary["listeners"]),
+        # of the whole network namespace: other servers on the machine count as well
+        "counted": sum(one["counted"] for one in summary["reconciliation"]),
         "refused_by_stall": summary["blame"]["causes"].get("stall", 0),
         "attempted": connections["attempted"],
         "connect_timeouts": connections["connect_timeouts"],
@@ -76,9 +78,10 @@ def measure(summary: Json, load: Json) -> dict[str, float | None]:
         "worst_trim_share": worst_trim_ns / worst["duration_ns"] if worst else None,
         "worst_refused": worst["overflows"] if worst else 0,
         "tick_max_ns": tick["max_ns"] if tick else None,
-        "ticks": tick["calls"] if tick else None,
+        "visits_per_tick": visits["calls"] / tick["calls"] if visits and tick and tick["calls"] else None,
         "trims": trims["calls"] if trims else None,
         "trims_per_s": trims["calls"] / elapsed_s if trims else None,
+        "trim_total_ns": trims["total_ns"] if trims else None,
         "trim_ns_per_s": trims["total_ns"] / elapsed_s if trims else None,
         "trim_max_ns": trims["max_ns"] if trims else None,
         "trim_p50_ns": trims["p50_ns"] if trims else None,
@@ -140,7 +143,9 @@ def size(value: float) -> str:
 
 def percent(share: float) -> str:
     """Return a share as ``88%``; below 10% with one decimal."""
-    return f"{share:.0%}" if abs(share) >= 0.0995 or share == 0 else f"{share:.1%}"
+    if 0 < share < 0.0005:
+        return "< 0.1%"
+    return f"{share:.0%}" if share >= 0.0995 or share == 0 else f"{share:.1%}"
 
 
 def _three(value: float) -> str:
@@ -155,16 +160,22 @@ KINDS = {
     "milliseconds": milliseconds,
     "size": size,
     "percent": percent,
-    "rate": lambda value: f"{_three(value)}/s",
+    "rate": lambda value: f"{_three(value) if value else 0}/s",
+    "number": lambda value: f"{value:,.1f}" if value < 10 else count(value),
     "share of time": lambda value: percent(value / 1e9),
 }
 """How a metric is written, by the name that ``steps.toml`` and the template use."""
 
 
-def interval(found: Spread, kind: str, missing: str = "-") -> str:
-    """Return ``median (smallest to largest)``, only the number where all runs agree, or what stands for none."""
+def interval(found: Spread, kind: str, missing: str = "-", runs: int | None = None) -> str:
+    """Return ``median [smallest to largest]``, only the number where all runs agree, or what stands for none.
+
+    Args:
+        runs: how many there are; where not all of them know the number, it is said how many do.
+    """
     if found.median is None or found.low is None or found.high is None:
         return missing
     write = KINDS[kind]
     median, low, high = write(found.median), write(found.low), write(found.high)
-    return median if low == high else f"{median} ({low} to {high})"
+    text = median if low == high else f"{median} [{low} to {high}]"
+    return text if runs is None or found.n == runs else f"{text} in {found.n} of {runs} runs"

@@ -23,6 +23,9 @@ MACHINE = PROJECT / "vagrant" / "vm"
 LEFT = "$STALLSCOPE_OUT"
 """In the test machine: the folder that comes back."""
 
+ATTEMPTS = 3
+"""On a busy machine the recorder may not have attached in time: such a run counts for nothing, and is done again."""
+
 Note = Callable[[str], None]
 
 
@@ -91,7 +94,7 @@ class Made:
 
     Attributes:
         command: as one would type it, with the files named after the variant.
-        started: UTC; load_average: of this machine over the minute before; cpus: it has.
+        started: UTC; load_average: of this machine over the minute before; cpus: it has; niceness: of all of it.
         said: the last lines that the lab and the recorder said.
     """
 
@@ -100,6 +103,7 @@ class Made:
     load_average: float
     cpus: int
     said: str
+    niceness: int
 
 
 def runs_of(variant: Variant, folder: Path, runs: int | None = None) -> list[Run]:
@@ -117,7 +121,14 @@ def record_missing(variants: Iterable[Variant], folder: Path, note: Note, runs: 
     for count, run in enumerate(missing, 1):
         note(f"recording {run.variant.name}, run {run.number} ({count} of {len(missing)})")
         run.folder.mkdir(parents=True, exist_ok=True)
-        _record(run)
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                _record(run)
+                break
+            except CaseError as error:
+                if not left:
+                    raise
+                note(f"once more: {error}")
 
 
 def _by_rounds(groups: list[list[Run]]) -> Iterator[Run]:
@@ -134,9 +145,9 @@ def command_shown(variant: Variant) -> str:
 
 def _incident_words(variant: Variant, incident: str, tracer: str, recording: str, load: str) -> str:
     record = [tracer, "record", "-p", "{pid}", *variant.record, "-o", recording]
-    words = [incident, *variant.load_words(), "--interrupt", "--load-json", load, "--", *record]
+    words = [*variant.load_words(), "--interrupt", "--load-json", load, "--", *record]
     # $STALLSCOPE_OUT stays for the shell of the machine
-    return " ".join(word if "$" in word or "{" in word else shlex.quote(word) for word in words)
+    return " ".join([incident, *(word if "$" in word or "{" in word else shlex.quote(word) for word in words)])
 
 
 def _in_machine(variant: Variant, machine: str, out: str, inner: str) -> str:
@@ -157,14 +168,14 @@ def _record(run: Run) -> None:
             # {pid} and paths without blanks: what is typed is what is run
             command = f"{sys.executable} {_incident_words(variant, str(INCIDENT), stallscope(), *files)}"
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        load_average = os.getloadavg()[0]
+        load_average, niceness = os.getloadavg()[0], os.getpriority(os.PRIO_PROCESS, 0)
         status, said = _run(command)
         if status != 0:
-            last = said.splitlines()[-1] if said else "it said nothing"
+            last = " | ".join(said.splitlines()[-3:]) or "it said nothing"
             raise CaseError(f"{variant.name}, run {run.number}, ended with status {status}: {last}")
         made.with_suffix(".stall").replace(run.recording)
         made.with_suffix(".load.json").replace(run.load)
-    how = Made(command_shown(variant), started, round(load_average, 2), os.cpu_count() or 1, said)
+    how = Made(command_shown(variant), started, round(load_average, 2), os.cpu_count() or 1, said, niceness)
     run.made.write_text(json.dumps(asdict(how), indent=1) + "\n")
     summarise(run)
 
@@ -197,7 +208,8 @@ def summarise(run: Run) -> dict[str, Any]:
     load = json.loads(run.load.read_text())
     attached_s = (summary["targets"][0]["start_ns"] - load["started_ns"]) / 1e9
     if attached_s > load["recipe"]["attach_s"]:
-        run.made.unlink()
+        for path in (run.made, run.recording, run.load, run.summary):
+            path.unlink()
         raise CaseError(
             f"{run.variant.name}, run {run.number}: the probes were attached {attached_s:.1f} s after the load's "
             f"start, too late; run again where less goes on, or raise attach in steps.toml"

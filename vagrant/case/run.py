@@ -2,7 +2,7 @@
 """Tells the incident's story again: records it, measures it, and writes CASE-STUDY.md from what was measured.
 
 Examples:
-    run.py                       everything that is not done yet, then the table of all variants
+    run.py all                   everything that is not done yet, the study, and the table of all variants
     run.py list                  the variants, and which of their runs are recorded
     run.py record baseline       only these recordings
     run.py write                 examine what is recorded, write CASE-STUDY.md and its pictures
@@ -15,10 +15,13 @@ use, `nice -n -15 run.py ...` keeps their work out of the recordings.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,9 +29,15 @@ if __package__ in (None, ""):
 from lab import LabError
 from lab.launch import carry_niceness
 
-from case import CaseError, CaseUsageError
+from case import PROJECT, CaseError, CaseUsageError
+from case.columns import SMALL, STORM, transposed
+from case.examine import draw, examine
 from case.record import home, record_missing, runs_of
 from case.steps import Steps, Variant, load_steps
+from case.study import PICTURES, render
+
+DOCUMENT = "run.json"
+STUDY = "CASE-STUDY.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +90,40 @@ def _record(steps: Steps, options: argparse.Namespace) -> None:
     record_missing([variant for variant in variants if variant.kernel], home(), _note, options.runs)
 
 
+def _examined(steps: Steps) -> dict[str, Any]:
+    document = examine(steps, home(), _note)
+    pictures = PROJECT / PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
+    document["pictures"] = {}
+    for name, picture in steps.pictures.items():
+        if picture.variant in document["variants"]:
+            _note(f"drawing {name}")
+            document["pictures"][name] = draw(picture, document, home(), pictures / f"{name}.png")
+    (pictures / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _write(steps: Steps, options: argparse.Namespace) -> None:
+    document = json.loads((PROJECT / PICTURES / DOCUMENT).read_text()) if options.again else _examined(steps)
+    (PROJECT / STUDY).write_text(render(document), encoding="utf-8")
+    _note(f"wrote {STUDY}, {PICTURES}/{DOCUMENT} and {len(document['pictures'])} pictures")
+
+
+def _table(steps: Steps, options: argparse.Namespace) -> None:
+    del options
+    document = json.loads((PROJECT / PICTURES / DOCUMENT).read_text())
+    for heading, columns in (("under large buffers", STORM), ("under small buffers", SMALL)):
+        shown = [one for one in document["variants"].values() if (one["load"]["uploaders"] > 0) == (columns is STORM)]
+        print(f"{heading}: median (smallest to largest)\n")
+        print(transposed(shown, columns) + "\n")
+
+
+def _all(steps: Steps, options: argparse.Namespace) -> None:
+    _record(steps, options)
+    _write(steps, options)
+    _table(steps, options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=Path, help="another story than steps.toml")
@@ -90,8 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     record = commands.add_parser("record", help="make the recordings that are missing")
     record.add_argument("names", nargs="*", metavar="VARIANT", help="only these")
     record.set_defaults(work=_record)
+    write = commands.add_parser("write", help="write CASE-STUDY.md from the recordings")
+    write.add_argument("--again", action="store_true", help=f"from {PICTURES}/{DOCUMENT} as it is")
+    write.set_defaults(work=_write)
+    commands.add_parser("table", help="the table of all variants, as last written").set_defaults(work=_table)
+    everything = commands.add_parser("all", help="record what is missing, write the study, print the table")
+    everything.set_defaults(work=_all, names=[], again=False)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with suppress(BrokenPipeError):
+        sys.exit(main())

@@ -84,13 +84,13 @@ class Question:
 
     Attributes:
         words: ``{all:VARIANT}`` stands for its recordings, ``{typical:VARIANT}`` for the run nearest to their median.
-        status: the exit code that the story needs.
+        status: the exit codes that the story allows.
         sections: with what the parts of the output begin that are shown; all of it where there are none.
     """
 
     name: str
     words: tuple[str, ...]
-    status: int = 0
+    status: tuple[int, ...] = (0,)
     sections: tuple[str, ...] = ()
 
     def variants(self) -> set[str]:
@@ -147,5 +147,5 @@ def load_steps(path: Path = STEPS) -> Steps:
 
 
 def _question(name: str, fields: dict[str, Any]) -> Question:
-    lists = {key: tuple(fields[key]) for key in ("words", "sections") if key in fields}
+    lists = {key: tuple(fields[key]) for key in ("words", "sections", "status") if key in fields}
     return Question(**{**fields, **lists, "name": name})
