@@ -17,7 +17,7 @@ VM_PACKAGES := mmdebstrap qemu-system-x86 e2fsprogs
 # What opens the exports and the page, and makes captures; node may have come another way than from Debian.
 NODE_PACKAGES := $(if $(shell command -v node),,nodejs) $(if $(shell command -v npm),,npm)
 TEST_PACKAGES := $(DEMO_PACKAGES) patch binutils xz-utils iproute2 redis-server redis-tools util-linux \
-	tcpdump tshark chromium gnumeric $(NODE_PACKAGES)
+	gdb tcpdump tshark chromium gnumeric $(NODE_PACKAGES)
 
 .PHONY: demo test lint bench setup format clean
 demo: setup

@@ -37,7 +37,7 @@ static __always_inline int call_enter(struct pt_regs *ctx, u16 probe, u64 *value
 	return 0;
 }
 
-static __always_inline int call_return(struct pt_regs *ctx, u16 probe)
+static __always_inline int call_return(struct pt_regs *ctx, u16 probe, bool keep_result)
 {
 	u64 now_ns = bpf_ktime_get_ns();
 	/* x86-64: ret has popped the return address that the entry's stack pointer pointed at. */
@@ -56,6 +56,8 @@ static __always_inline int call_return(struct pt_regs *ctx, u16 probe)
 	}
 	struct event call = *started;
 
+	if (keep_result)
+		call.value[2] = PT_REGS_RC(ctx);
 	calls_in_progress.delete(&frame);
 	send_span(&call, now_ns, MIN_DURATION_NS);
 	return 0;
@@ -170,10 +172,10 @@ static __always_inline void read_client(u64 client, int id_offset, int id_size, 
  * One line of these per probe follows, written by the loader (tracer/capture/program.py).
  * `id` is the index into the recording's probe list.
  */
-#define CALL_RETURN(id)                           \
-	int call_return_##id(struct pt_regs *ctx) \
-	{                                         \
-		return call_return(ctx, id);      \
+#define CALL_RETURN(id, keep_result)                      \
+	int call_return_##id(struct pt_regs *ctx)         \
+	{                                                 \
+		return call_return(ctx, id, keep_result); \
 	}
 
 #define CALL_ENTER(id, decode)                     \
@@ -185,7 +187,8 @@ static __always_inline void read_client(u64 client, int id_offset, int id_size, 
 		return call_enter(ctx, id, value); \
 	}
 
-#define DECODE_none() (void)0
+#define DECODE_none()	(void)0
+#define DECODE_result() (void)0
 #define DECODE_registers(first, second, third) \
 	value[0] = argument(ctx, first), value[1] = argument(ctx, second), value[2] = argument(ctx, third)
 #define DECODE_sdshdr(number) read_sdshdr(argument(ctx, number), &value[0], &value[1])

@@ -23,7 +23,8 @@ else:
 Version = tuple[int, ...]
 
 THREADS = ("main", "any", "not jemalloc_bg_thd")
-TIERS = ("standing", "detail")
+STANDING = "standing"
+TIERS = (STANDING, "detail")
 LIBRARIES = ("server", "jemalloc", "libc")
 
 
@@ -56,6 +57,7 @@ class Decoder:
     kind     params                            slots
     ======== ================================= ==============================================================
     none     ()                                nothing
+    result   ()                                2 what the function returned
     registers 1-based argument numbers, 0 none the three arguments
     sdshdr   (argument,)                       0 length_bytes, 1 free_bytes of a string of Redis <= 3.0
     sds      (argument,)                       the same of Redis >= 3.2, header found from the byte at s[-1]
@@ -270,6 +272,12 @@ def functions() -> Mapping[str, Function]:
 def default_functions() -> list[str]:
     """Return the names of the functions that are traced unless others are asked for."""
     return [function.name for function in functions().values() if function.default]
+
+
+def is_standing(name: str) -> bool:
+    """Return whether a function is called so seldom that its probes may stay attached: the catalogue's word for it."""
+    known = lookup(name)
+    return known is not None and known.tier == STANDING
 
 
 def lookup(name: str) -> Function | None:

@@ -37,7 +37,7 @@ def _parts(comparison: Comparison) -> list[list[Line]]:
     for subject in dict.fromkeys(change.subject for change in comparison.changes):
         changes = [change for change in comparison.changes if change.subject == subject]
         parts.append(_subject(subject, changes, comparison.confidence))
-    notes = [Padding(faint(note), INDENT) for note in (*comparison.notes, _legend(comparison))]
+    notes = [Padding(faint(note), INDENT) for note in (*comparison.notes, legend(comparison))]
     return [*parts, [heading("How to read this"), *notes]]
 
 
@@ -124,7 +124,8 @@ def p_text(change: Change) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _legend(comparison: Comparison) -> str:
+def legend(comparison: Comparison) -> str:
+    """Return what the columns mean and how they were computed."""
     return (
         f"{NONE}: no significant change, at {comparison.confidence:.0%} for all {comparison.comparisons} comparisons "
         "together (Holm). n: events before and after. Rates by exact Poisson tests, times and quantiles by "

@@ -8,7 +8,20 @@ import sys
 
 import click
 
-from stallscope.tracer.commands import diff, doctor, export, imports, plan, probes, record, report, summary, verify
+from stallscope.tracer.commands import (
+    diff,
+    doctor,
+    export,
+    imports,
+    plan,
+    probes,
+    record,
+    report,
+    summary,
+    top,
+    verify,
+    watch,
+)
 from stallscope.tracer.errors import EXIT_FAILED, StallscopeError
 
 
@@ -21,6 +34,8 @@ def cli() -> None:
     Examples:
       stallscope doctor                           what can be observed on this machine
       stallscope record --port 6379 -d 1m         record the server on port 6379
+      stallscope top --port 6379                  watch it live
+      stallscope watch --port 6379 --trigger 'stall>50ms'    keep what happened around each stall
       stallscope summary FILE.stall               what blocked it, and what was refused
       stallscope report FILE.stall                the same as one page with a timeline
       stallscope diff BEFORE.stall AFTER.stall    what changed, and what may be chance
@@ -31,6 +46,8 @@ def cli() -> None:
 
 for _command in (
     record.record,
+    watch.watch,
+    top.top,
     summary.summary,
     report.report,
     diff.diff,

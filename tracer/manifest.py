@@ -29,7 +29,8 @@ LISTENER = "listener"
 PACKET = "packet"
 IMPORTED_SPAN = "imported span"
 IMPORTED_SAMPLE = "imported sample"
-KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER, LISTENER, PACKET, IMPORTED_SPAN, IMPORTED_SAMPLE)
+STACK = "stack sample"
+KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER, LISTENER, PACKET, IMPORTED_SPAN, IMPORTED_SAMPLE, STACK)
 """Only ever added to, at the end; rows of a kind that is not known are left out and counted."""
 
 
@@ -139,6 +140,45 @@ class Note:
 
 
 @dataclass(frozen=True)
+class TriggerInfo:
+    """A trigger that came true and made, or extended, this capture of ``stallscope watch``.
+
+    Attributes:
+        time_ns: the moment its bound was passed, CLOCK_MONOTONIC; text: the trigger, as ``stall>50ms``.
+        value: what was seen then, in ``unit`` (``ns``, ``%``, ``connections``, ``events``).
+        subject: a listener's address, a function, or ``event loop``; pid: whose, 0 where not known.
+        under_way: the span had not ended yet; count: spans, connections or events beyond the bound.
+    """
+
+    time_ns: int
+    text: str
+    value: float
+    unit: str
+    subject: str = ""
+    pid: int = 0
+    under_way: bool = False
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class DetailInfo:
+    """A time in which detail probes were attached.
+
+    Attributes:
+        trigger_ns: what it was done for; attached_ns: when all were in place; detached_ns: 0 while they still are.
+            All CLOCK_MONOTONIC.
+        probes: ids of the probes that saw only this.
+        text: what else is to be said of it.
+    """
+
+    trigger_ns: int
+    attached_ns: int
+    detached_ns: int = 0
+    probes: tuple[int, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class ImportInfo:
     """One input of ``stallscope import``; rows of other tools name it by its place in the manifest's list.
 
@@ -180,6 +220,8 @@ class Manifest:
         counter_names: what a counter sample's ``counter`` field indexes.
         cost: what tracing cost (see recorder), filled by the footer.
         imports: where the rows of other tools came from; texts: what their ``stack`` column indexes.
+        triggers: what made this capture, by time; further_triggers: how many more came true, and are not listed.
+        details: when detail probes were attached; empty where all probes were, all the time.
     """
 
     started_ns: int
@@ -202,6 +244,9 @@ class Manifest:
     cost: dict[str, float] = field(default_factory=dict)
     imports: tuple[ImportInfo, ...] = ()
     texts: tuple[str, ...] = ()
+    triggers: tuple[TriggerInfo, ...] = ()
+    further_triggers: int = 0
+    details: tuple[DetailInfo, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -86,3 +86,18 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise UsageError(f'cannot read "{text}" as a size; write a number and a unit, as 64K, 8M or 1G')
     return round(float(match[1]) * _UNIT_BYTES[match[2]])
+
+
+_SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%")
+
+
+def parse_share(text: str) -> float:
+    """Return the share written as ``1%`` or ``0.5%``, as a number from 0 to 1.
+
+    Raises:
+        UsageError: the text is not a percentage, or above 100%.
+    """
+    match = _SHARE.fullmatch(text.strip())
+    if match is None or float(match[1]) > 100:
+        raise UsageError(f'cannot read "{text}" as a share; write a percentage, as 1% or 0.5%')
+    return float(match[1]) / 100

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stallscope.tracer.analysis.nesting import NO_PARENT, Nested
+from stallscope.tracer.analysis.containment import NO_PARENT
+from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.tables import Ints
 
 EDGES_A_CHUNK = 1 << 18

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stallscope.tracer.analysis.tables import Tables
-from stallscope.tracer.manifest import Counters, ProbeCounters
+from stallscope.tracer.manifest import Counters, DetailInfo, ProbeCounters
 
 LOST, THINNED, NOT_ATTACHED, GONE, CUT_SHORT = "lost", "thinned", "not attached", "gone", "cut short"
 _LEAST_NS = 1_000_000
@@ -44,11 +44,29 @@ def bands(tables: Tables, origin_ns: int) -> tuple[Band, ...]:
             found.append(Band(NOT_ATTACHED, 0, min(target.start_ns, end_ns) - origin_ns, text, target.pid))
         if 0 < target.end_ns < end_ns - _LEAST_NS:
             found.append(Band(GONE, max(target.end_ns - origin_ns, 0), end_ns - origin_ns, f"{name}: gone", target.pid))
+    found += _without_detail(manifest.details, origin_ns, end_ns)
     if not tables.recording.complete:
         length = max(end_ns - origin_ns, 1)
         text = "the recording was cut short here: calls and iterations under way are not in it"
         found.append(Band(CUT_SHORT, length, length + max(length // 40, 1), text))
     return tuple(sorted(found, key=lambda band: band.start_ns))
+
+
+def _without_detail(details: tuple[DetailInfo, ...], origin_ns: int, end_ns: int) -> list[Band]:
+    """Return a band wherever a capture had no detail probes attached; none where they always were."""
+    found = []
+    since_ns = origin_ns
+    for item in sorted(details, key=lambda detail: detail.attached_ns):
+        found.append((since_ns, min(item.attached_ns, end_ns)))
+        since_ns = max(since_ns, item.detached_ns or end_ns)
+    if details:
+        found.append((since_ns, end_ns))
+    text = "detail probes not attached: only standing probes were"
+    return [
+        Band(NOT_ATTACHED, first - origin_ns, last - origin_ns, text)
+        for first, last in found
+        if last - first > _LEAST_NS
+    ]
 
 
 def _grown(tables: Tables, origin_ns: int, kind: str, what: str, number: Callable[[ProbeCounters], int]) -> list[Band]:

@@ -53,6 +53,33 @@ def test_reading_other_tools_needs_neither_capture_nor_analysis(forbidden: str) 
     assert not {place for place in importers(forbidden) if place.startswith("tracer/imports/")}
 
 
+@pytest.mark.parametrize("forbidden", ["stallscope.tracer.analysis", "stallscope.reports", "pandas", "click", "psutil"])
+def test_unwinding_is_pure(forbidden: str) -> None:
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/unwind/")}
+
+
+def test_unwinding_takes_files_alone_from_capture() -> None:
+    """ELF files and their symbols are read in one place; nothing live is."""
+    taken = {
+        (path.name, ".".join(name.split(".")[:4]))
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "tracer" / "unwind")
+        for name in imports(path)
+        if name.startswith("stallscope.tracer.capture")
+    }
+    files = {f"stallscope.tracer.capture.{module}" for module in ("binary", "elf", "symbol_table")}
+    assert {module for _, module in taken} <= files
+    assert {place for place, _ in taken} <= {"code.py", "stubs.py"}
+
+
+@pytest.mark.parametrize(
+    "forbidden", ["bcc", "pandas", "click", "stallscope.tracer.analysis", "stallscope.tracer.capture"]
+)
+def test_watching_is_thin(forbidden: str) -> None:
+    """It runs beside production servers for weeks; what is said about a capture is said by a child process."""
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/watch/")}
+
+
 def test_nothing_imports_the_command_line() -> None:
     assert importers("stallscope.tracer.cli") == set()
     commands = importers("stallscope.tracer.commands")

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import CLIENTS, CRON, ITERATION_ID, PURGE, RESIZE, TRIM, Builder, add_storm
 
-from stallscope.tracer.analysis import nesting
-from stallscope.tracer.analysis.nesting import find_parents, nest, self_times
+from stallscope.tracer.analysis import containment
+from stallscope.tracer.analysis.containment import self_times
+from stallscope.tracer.analysis.nesting import find_parents, nest
 from stallscope.tracer.analysis.tables import Tables, build_tables, span_order
 from stallscope.tracer.recording import read_recording
 
@@ -152,7 +153,7 @@ def test_searching_and_passing_over_the_levels_agree(spans: list[Span]) -> None:
     order = np.lexsort((-duration, start, tid))
     shallow, *_ = find_parents(tid[order], start[order], duration[order])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nesting, "_SHALLOW", -1)
+        patch.setattr(containment, "_SHALLOW", -1)
         deep, *_ = find_parents(tid[order], start[order], duration[order])
     assert shallow.tolist() == deep.tolist()
 

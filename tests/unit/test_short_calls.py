@@ -7,7 +7,8 @@ import pytest
 from recordings import CRON, DATA, MS, PURGE, TRIM, Builder
 
 from stallscope.tracer.analysis.analysis import Analysis, analyse
-from stallscope.tracer.analysis.nesting import find_parents, self_times
+from stallscope.tracer.analysis.containment import self_times
+from stallscope.tracer.analysis.nesting import find_parents
 from stallscope.tracer.analysis.short_calls import without_short_calls
 from stallscope.tracer.recording import read_recording
 

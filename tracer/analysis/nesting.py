@@ -13,11 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from stallscope.tracer.analysis.containment import NO_PARENT, by_level, nested_parents, parents_by_stack, self_times
 from stallscope.tracer.analysis.tables import Ints, thread_time_key
-
-NO_PARENT = -1
-_SHALLOW = 12
-"""Up to this depth a pass over all spans per level is quicker than searching."""
 
 
 @dataclass(frozen=True)
@@ -100,88 +97,16 @@ def find_parents(tid: npt.NDArray[np.uint32], start: Ints, duration: Ints) -> tu
         start: ns.
         duration: ns.
     """
-    count = len(start)
-    if count == 0:
+    if len(start) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int32), False
     # an empty span still is inside what is open at its start: let it last 1 ns here
     end = start + np.maximum(duration, 1)
     key = thread_time_key(tid, start, end)
     if key is not None:
-        begin, close = key
-        closed = np.searchsorted(np.sort(close), begin, side="right")
-        depth = (np.arange(count) - closed).astype(np.int32)
-        parent = _parents_by_depth(depth)
-        if parent is not None:
-            inner = parent >= 0
-            # with an empty span lasting 1 ns, it may seem to reach beyond its caller
-            reach = np.where(duration == 0, begin, close)
-            if (close[parent[inner]] >= reach[inner]).all():
-                return parent, depth, False
-    parent, depth = _parents_by_stack(tid, start, end)
-    return parent, depth, True
-
-
-def self_times(parent: Ints, duration: Ints) -> Ints:
-    """Return each span's duration without its direct children, ns; never below 0."""
-    children = np.zeros(len(parent), np.int64)
-    inner = parent >= 0
-    np.add.at(children, parent[inner], duration[inner])
-    return np.maximum(duration - children, 0)
-
-
-def _parents_by_depth(depth: npt.NDArray[np.int32]) -> Ints | None:
-    """Return the last earlier span of the level above, for each; None if a level is missing."""
-    parent = np.full(len(depth), NO_PARENT, np.int64)
-    if int(depth.min()) < 0:
-        return None
-    deepest = int(depth.max())
-    if deepest <= _SHALLOW:
-        index = np.arange(len(depth))
-        for level in range(1, deepest + 1):
-            latest = np.maximum.accumulate(np.where(depth == level - 1, index, NO_PARENT))
-            inner = np.flatnonzero(depth == level)
-            parent[inner] = latest[inner]
-        return parent
-    order, borders = _by_level(depth)
-    for level in range(1, deepest + 1):
-        outer = order[borders[level - 1] : borders[level]]
-        inner = order[borders[level] : borders[level + 1]]
-        place = np.searchsorted(outer, inner) - 1
-        if len(outer) == 0 or (place < 0).any():
-            return None
-        parent[inner] = outer[place]
-    return parent
-
-
-def _by_level(depth: npt.NDArray[np.int32]) -> tuple[Ints, Ints]:
-    """Return the spans sorted by depth, else as they are, and where each depth begins in that order."""
-    # numpy sorts 16-bit numbers by radix, in linear time
-    key = depth.astype(np.uint16) if int(depth.max()) < 2**16 else depth
-    order = np.argsort(key, kind="stable")
-    return order, np.concatenate([[0], np.cumsum(np.bincount(depth))])
-
-
-def _parents_by_stack(tid: npt.NDArray[np.uint32], start: Ints, end: Ints) -> tuple[Ints, npt.NDArray[np.int32]]:
-    """Return parents by containment and depths, one span after the other: for spans that cross."""
-    parent = np.full(len(start), NO_PARENT, np.int64)
-    depth = np.zeros(len(start), np.int32)
-    stack: list[int] = []
-    rows = zip(tid.tolist(), start.tolist(), end.tolist(), strict=True)
-    thread = None
-    ends: list[int] = []
-    for index, (own_thread, own_start, own_end) in enumerate(rows):
-        if own_thread != thread:
-            thread = own_thread
-            stack, ends = [], []
-        while ends and (ends[-1] <= own_start or ends[-1] < own_end):
-            stack.pop()
-            ends.pop()
-        if stack:
-            parent[index] = stack[-1]
-            depth[index] = len(stack)
-        stack.append(index)
-        ends.append(own_end)
-    return parent, depth
+        found = nested_parents(*key, duration)
+        if found is not None:
+            return *found, False
+    return *parents_by_stack(tid, start, end), True
 
 
 def _paths(
@@ -192,7 +117,7 @@ def _paths(
     paths: list[tuple[int, int]] = []
     if len(parent) == 0:
         return path, paths
-    order, borders = _by_level(depth)
+    order, borders = by_level(depth)
     for level in range(len(borders) - 1):
         rows = order[borders[level] : borders[level + 1]]
         above = path[parent[rows]].astype(np.int64) if level else np.full(len(rows), -1, np.int64)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from stallscope.tracer.analysis.analysis import Analysis
-from stallscope.tracer.analysis.nesting import NO_PARENT, Nested
+from stallscope.tracer.analysis.containment import NO_PARENT
+from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.stalls import time_by_function
 
 

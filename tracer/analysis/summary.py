@@ -23,12 +23,13 @@ from stallscope.tracer.analysis.listener_summary import (
     summarise_listeners,
 )
 from stallscope.tracer.analysis.requests import RequestSummary, summarise_requests
+from stallscope.tracer.analysis.sample_summary import SampleSummary, summarise_samples
 from stallscope.tracer.analysis.stall_summary import StallSummary, summarise_stalls
 from stallscope.tracer.analysis.stalls import loop_observed
 from stallscope.tracer.analysis.tables import Tables
 from stallscope.tracer.analysis.trees import TreeSummary, summarise_trees
 from stallscope.tracer.analysis.whatif import DEFAULT_BYTES, WhatIf, what_if
-from stallscope.tracer.manifest import ITERATION, Note, ProbeCounters, TargetInfo
+from stallscope.tracer.manifest import ITERATION, DetailInfo, Manifest, Note, ProbeCounters, TargetInfo, TriggerInfo
 
 SUMMARY_VERSION = 1
 
@@ -80,6 +81,10 @@ class Summary:
         warnings: what makes numbers incomplete; notes: what happened, time since the start.
         cost: what tracing cost, as the recorder measured it.
         imported: what other tools said, None where nothing was imported.
+        sampled: where stalls were, by stack samples; None where none were to be taken.
+        triggers: what made this capture of ``stallscope watch``, time since the start; further_triggers: how many
+            more came true. details: when detail probes were attached, times since the start (``detached_ns`` 0:
+            until the end).
     """
 
     verdict: str
@@ -117,6 +122,10 @@ class Summary:
     notes: tuple[Note, ...]
     cost: dict[str, float]
     imported: ImportedSummary | None = None
+    sampled: SampleSummary | None = None
+    triggers: tuple[TriggerInfo, ...] = ()
+    further_triggers: int = 0
+    details: tuple[DetailInfo, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data: ``_ns``, ``_bytes`` and ``_share`` say the unit of every number."""
@@ -154,7 +163,7 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         stall_basis=stalls.basis,
         stall_count=len(stalls.frame),
         stall_total_ns=int(stalls.frame["duration_ns"].sum()),
-        stalls=summarise_stalls(tables, nested, stalls),
+        stalls=summarise_stalls(tables, nested, stalls, analysis.samples.culprits),
         waits_exact=stalls.waits_exact,
         tree_count=len(analysis.trees.frame),
         trees=summarise_trees(analysis.trees, manifest),
@@ -177,9 +186,27 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         notes=tuple(Note(note.time_ns - manifest.started_ns, note.text) for note in manifest.notes),
         cost=manifest.cost,
         imported=summarise_imported(tables, stalls),
+        sampled=summarise_samples(tables, analysis.samples),
+        triggers=tuple(
+            dataclasses.replace(item, time_ns=item.time_ns - manifest.started_ns) for item in manifest.triggers
+        ),
+        further_triggers=manifest.further_triggers,
+        details=_details(manifest),
     )
     summary = dataclasses.replace(summary, warnings=warnings(summary, tables, nested))
     return dataclasses.replace(summary, verdict=sentence(summary))
+
+
+def _details(manifest: Manifest) -> tuple[DetailInfo, ...]:
+    return tuple(
+        dataclasses.replace(
+            item,
+            trigger_ns=item.trigger_ns - manifest.started_ns,
+            attached_ns=item.attached_ns - manifest.started_ns,
+            detached_ns=max(item.detached_ns - manifest.started_ns, 0),
+        )
+        for item in manifest.details
+    )
 
 
 def _loop(tables: Tables, stall_count: int) -> LoopSummary | None:

@@ -102,9 +102,12 @@ def _of_stalls(summary: Summary) -> str:
 
 
 def _by(stall: StallSummary) -> str:
+    what = f"{stall.sampled_in} (by sampled stacks, not traced)" if stall.sampled_in else ""
     if not stall.functions:
-        return " by something that was not traced"
+        return f" by {what or 'something that was not traced'}"
     if not stall.blamed:
+        if what:
+            return f", mostly in {what}"
         return f", {format_duration_ns(stall.unexplained_ns)} of it by something that was not traced"
     first = stall.functions[0]
     calls = f"{first.calls:,} calls of {first.name}" if first.calls > 1 else f"one call of {first.name}"

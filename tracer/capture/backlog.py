@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,6 +48,9 @@ COUNTER_FIELDS = (
 
 REPEAT_NS = 1_000_000_000
 """An unchanged value is stored again after this long, so that a gap in the samples can be told from silence."""
+
+_WALK_NS = 100_000_000
+"""How often listeners are looked for while a server has none."""
 
 _NOTHING: npt.NDArray[np.void] = np.zeros(0, EVENT)
 
@@ -132,14 +135,18 @@ class SockDiag:
         self._socket.close()
 
 
-def socket_inodes(pid: int) -> set[int]:
-    """Return the inodes of the sockets a process holds open; empty when it is gone."""
+def socket_inodes(pid: int, below: int = 0) -> set[int]:
+    """Return the inodes of the sockets a process holds open; empty when it is gone.
+
+    Args:
+        pid: the process. below: only of descriptors with smaller numbers than this, 0: all.
+    """
     inodes: set[int] = set()
     try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
-            names = [entry.path for entry in entries]
+        numbers = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
     except OSError:
         return inodes
+    names = [f"/proc/{pid}/fd/{number}" for number in numbers if not below or number < below]
     for name in names:
         try:
             match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(name))
@@ -166,13 +173,19 @@ class _Namespace:
         self.last_counts: tuple[int, ...] = ()
         self.next_repeat_ns = 0
 
+    def close(self) -> None:
+        """Close its socket and file."""
+        self.diag.close()
+        self.counters.close()
+
     def states(self, now_ns: int) -> list[ListenerState]:
         """Return the watched listeners' states; all listeners' when it was time to look for new ones."""
-        if now_ns < self.next_walk_ns and self.known:
+        if now_ns < self.next_walk_ns:
             found = [self.diag.listener(state) for state in self.known]
             if None not in found:
                 return [state for state in found if state is not None]
-        self.next_walk_ns = now_ns + REPEAT_NS
+        # a server that does not listen yet is about to
+        self.next_walk_ns = now_ns + (REPEAT_NS if self.known or not self.pids else _WALK_NS)
         states = self.diag.listeners()
         there = {state.inode for state in states}
         self.foreign &= there
@@ -187,6 +200,8 @@ class BacklogSampler:
     def __init__(self) -> None:
         self.listeners: list[ListenerInfo] = []
         self.namespaces: list[NamespaceInfo] = []
+        self._opened: list[ListenerInfo] = []
+        self._next_listener = self._next_namespace = 0
         self._by_inode: dict[int, _Namespace] = {}
         self._last: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._overflows_start = 0
@@ -203,8 +218,9 @@ class BacklogSampler:
             counters = KernelCounters(pid)
             start = dict(zip(COUNTER_NAMES, counters.read(), strict=True))
             counters.close()
-            info = NamespaceInfo(len(self.namespaces), inode, start, read_sysctls(pid))
+            info = NamespaceInfo(self._next_namespace, inode, start, read_sysctls(pid))
             place = self._by_inode[inode] = _Namespace(info, pid)
+            self._next_namespace += 1
             self.namespaces.append(info)
         place.pids.add(pid)
         place.foreign.clear()
@@ -219,6 +235,39 @@ class BacklogSampler:
                 if info.pid == pid:
                     place.closed.append(place.watched.pop(inode))
 
+    def forget(self, keep_pids: Collection[int], keep_namespaces: Collection[int]) -> None:
+        """Forget listeners that were closed, and namespaces that nobody watched lives in any more.
+
+        Args:
+            keep_pids: processes whose closed listeners are still told of; keep_namespaces: indexes.
+        """
+        watched = {info.index for place in self._by_inode.values() for info in place.watched.values()}
+        self.listeners = [info for info in self.listeners if info.index in watched or info.pid in keep_pids]
+        kept = {info.namespace for info in self.listeners} | set(keep_namespaces)
+        for inode, place in list(self._by_inode.items()):
+            if not place.pids and place.info.index not in kept:
+                place.close()
+                del self._by_inode[inode]
+        here = {place.info.index for place in self._by_inode.values()}
+        self.namespaces = [info for info in self.namespaces if info.index in here]
+        listeners = {info.index for info in self.listeners}
+        self._last = {
+            key: value
+            for key, value in self._last.items()
+            if (key[1] in listeners if key[0] == QUEUE_PROBE else key[1] >> 8 in here)
+        }
+
+    def repeat(self) -> None:
+        """Have the next sample hold a row of everything, changed or not."""
+        self._last.clear()
+        for place in self._by_inode.values():
+            place.next_repeat_ns = 0
+
+    def take_opened(self) -> list[ListenerInfo]:
+        """Return the listeners that were found since the last call."""
+        opened, self._opened = self._opened, []
+        return opened
+
     def take_closed(self) -> list[ListenerInfo]:
         """Return the listeners that are no longer watched, each once."""
         closed = [info for place in self._by_inode.values() for info in place.closed]
@@ -228,7 +277,9 @@ class BacklogSampler:
 
     def count_from(self, namespace: int, counters: dict[str, int]) -> None:
         """Take these values of a namespace's counters for those at its start."""
-        self.namespaces[namespace] = replace(self.namespaces[namespace], counters_start=counters)
+        self.namespaces = [
+            replace(info, counters_start=counters) if info.index == namespace else info for info in self.namespaces
+        ]
 
     def sample(self, now_ns: int) -> npt.NDArray[np.void]:
         """Return the rows (dtype ``EVENT``) of everything that changed since the last call.
@@ -279,8 +330,7 @@ class BacklogSampler:
     def close(self) -> None:
         """Close all sockets and files."""
         for place in self._by_inode.values():
-            place.diag.close()
-            place.counters.close()
+            place.close()
         self._by_inode.clear()
 
     def _changed(self, probe: int, key: int, value: tuple[int, int, int], now_ns: int) -> bool:
@@ -301,10 +351,12 @@ class BacklogSampler:
                 place.foreign.add(state.inode)
                 continue
             info = ListenerInfo(
-                len(self.listeners), state.name, state.port, owner, state.inode, place.info.index,
+                self._next_listener, state.name, state.port, owner, state.inode, place.info.index,
                 state.queue_limit, state.cookie,
             )  # fmt: skip
+            self._next_listener += 1
             self.listeners.append(info)
+            self._opened.append(info)
             place.watched[state.inode] = info
 
 

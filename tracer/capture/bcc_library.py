@@ -31,6 +31,9 @@ _PLACES = (
 )
 INSTALL_HINT = "install it with: apt-get install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora)"
 
+_FENTRY_WITH_MODULE = (0, 28)
+"""bcc commit 80fcfc99, v0.28: the name of a tracing program holds the module, ``kfunc__vmlinux__f``."""
+
 
 def load_bcc() -> ModuleType:
     """Return the bcc module.
@@ -60,6 +63,13 @@ def bcc_version() -> str:
         match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", (folder / "version.py").read_text(encoding="utf-8"))
         return match[1] if match else ""
     return ""
+
+
+def tracing_prefixes() -> tuple[str, str]:
+    """Return what bcc wants before the function in the names of fentry and fexit programs."""
+    numbers = tuple(int(part) for part in bcc_version().split(".")[:2] if part.isdigit())
+    module = "vmlinux__" if numbers >= _FENTRY_WITH_MODULE else ""
+    return f"kfunc__{module}", f"kretfunc__{module}"
 
 
 def _folders() -> Iterator[Path]:

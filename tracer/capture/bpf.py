@@ -32,11 +32,20 @@ _SYS_BPF = 321
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
 _PROG_LOAD = 5
 _RAW_TRACEPOINT_OPEN = 17
+_LINK_CREATE = 28
+
+# Linux include/uapi/linux/bpf.h, enum bpf_prog_type, bpf_attach_type, and the flags of uprobe_multi
+_PROG_TYPE_KPROBE = 2
+UPROBE_MULTI = 48
+"""What a uprobe's program is loaded for, so that a link can attach it (Linux 6.6; older kernels ignore it)."""
+_UPROBE_MULTI_RETURN = 1
 
 # Linux include/uapi/linux/perf_event.h
 _PERF_EVENT_IOC_ENABLE = 0x2400
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
 _PERF_FLAG_FD_CLOEXEC = 8
+_PERF_TYPE_SOFTWARE = 1
+_PERF_COUNT_SW_CPU_CLOCK = 0
 _PMUS = Path("/sys/bus/event_source/devices")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -142,9 +151,50 @@ def attach_uprobe(program_fd: int, path: str, offset: int, pid: int, *, is_retur
     """
     path_buffer = ctypes.create_string_buffer(os.fsencode(path))
     try:
+        if has_uprobe_links():
+            return _link_uprobe(program_fd, path_buffer, offset, max(pid, 0), is_return=is_return)
         return _attach_probe(program_fd, "uprobe", ctypes.addressof(path_buffer), offset, pid, is_return=is_return)
     except OSError as error:
         raise SurroundingsError(_why_not(error.errno or 0, path, offset, pid)) from error
+
+
+@cache
+def has_uprobe_links() -> bool:
+    """Return whether uprobes can be attached by a link that tells processes apart.
+
+    Perf events are detached one after another under a lock of the whole kernel (90 ms each, and nothing can be
+    attached meanwhile), links side by side. The first kernels with them (6.6 to 6.9) followed one thread
+    instead of its process; the mended ones refuse the pid -1, by which libbpf tells them too (Linux commit
+    46ba0e49b642, v6.10).
+    """
+    try:
+        program_fd = _load_return_0(_PROG_TYPE_KPROBE, UPROBE_MULTI)
+    except OSError:
+        return False
+    numbers = []
+    try:
+        for pid in (0, -1):
+            try:
+                os.close(_link_uprobe(program_fd, ctypes.create_string_buffer(b"/"), 0, pid, is_return=False))
+                numbers.append(0)
+            except OSError as error:
+                numbers.append(error.errno or 0)
+    finally:
+        os.close(program_fd)
+    return numbers == [errno.EBADF, errno.EINVAL]  # "/" is no file that could be probed
+
+
+def _link_uprobe(program_fd: int, path: ctypes.Array[ctypes.c_char], offset: int, pid: int, *, is_return: bool) -> int:
+    """Attach a program to a place in a file by a link, pid 0 for all processes; raises OSError."""
+    offsets = (ctypes.c_uint64 * 1)(offset)
+    flags = _UPROBE_MULTI_RETURN if is_return else 0
+    # union bpf_attr, link_create: prog_fd, target_fd, attach_type, flags; uprobe_multi: path, offsets,
+    # ref_ctr_offsets, cookies, cnt, flags, pid
+    attributes = struct.pack(
+        "=IIIIQQQQIIi", program_fd, 0, UPROBE_MULTI, 0, ctypes.addressof(path), ctypes.addressof(offsets), 0, 0, 1,
+        flags, pid,
+    )  # fmt: skip
+    return _bpf(_LINK_CREATE, attributes)
 
 
 def attach_kprobe(program_fd: int, function: str, *, is_return: bool) -> int:
@@ -185,6 +235,11 @@ def _attach_probe(program_fd: int, kind: str, target: int, offset: int, pid: int
     # struct perf_event_attr, PERF_ATTR_SIZE_VER5: type, size, config, 3 x u64, flags, wakeup, bp_type,
     # config1 = uprobe_path or kprobe_func, config2 = probe_offset
     attributes = struct.pack("=IIQQQQQIIQQ", pmu, 112, int(is_return) << return_bit, 0, 0, 0, 0, 0, 0, target, offset)
+    return _open_perf_event(program_fd, attributes, pid)
+
+
+def _open_perf_event(program_fd: int, attributes: bytes, pid: int) -> int:
+    """Open a perf event on a thread or process, or with -1 on all, attach the program, and enable it."""
     buffer = ctypes.create_string_buffer(attributes, 112)
     cpu = 0 if pid < 0 else -1
     handle: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, buffer, pid, cpu, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC))
@@ -197,6 +252,25 @@ def _attach_probe(program_fd: int, kind: str, target: int, offset: int, pid: int
         os.close(handle)
         raise
     return handle
+
+
+def attach_cpu_clock(program_fd: int, tid: int, period_ns: int) -> int:
+    """Run a loaded perf event program each time a thread has used this much CPU; returns the handle.
+
+    Raises:
+        SurroundingsError: the kernel refuses.
+    """
+    # struct perf_event_attr, PERF_ATTR_SIZE_VER5: type, size, config, sample_period, 10 words that stay 0
+    attributes = struct.pack("=IIQQ", _PERF_TYPE_SOFTWARE, 112, _PERF_COUNT_SW_CPU_CLOCK, period_ns)
+    try:
+        return _open_perf_event(program_fd, attributes, tid)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise SurroundingsError(f"cannot sample thread {tid}: it is gone") from error
+        raise SurroundingsError(
+            f"cannot sample thread {tid}: {error.strerror}; it needs root or CAP_PERFMON, and the rate within "
+            "/proc/sys/kernel/perf_event_max_sample_rate"
+        ) from error
 
 
 def attach_raw_tracepoint(program_fd: int, name: str) -> int:
@@ -244,6 +318,15 @@ def load_trial(kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> str:
         kind: ``enum bpf_prog_type``; attach_type: ``enum bpf_attach_type`` for tracing programs.
         attach_btf_id: BTF id of the function to trace, for tracing programs.
     """
+    try:
+        os.close(_load_return_0(kind, attach_type, attach_btf_id))
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _load_return_0(kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> int:
+    """Load a program of two instructions; returns its file descriptor, raises OSError."""
     instructions = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)  # r0 = 0; exit
     code = ctypes.create_string_buffer(instructions, len(instructions))
     license_text = ctypes.create_string_buffer(b"Apache-2.0")
@@ -252,8 +335,4 @@ def load_trial(kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> str:
         kind, 2, ctypes.addressof(code), ctypes.addressof(license_text), 0, 0, 0, 0, 0, b"trial", 0, attach_type,
         0, 0, 0, 0, 0, 0, 0, attach_btf_id, 0,
     )  # fmt: skip
-    try:
-        os.close(_bpf(_PROG_LOAD, attributes))
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+    return _bpf(_PROG_LOAD, attributes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stallscope.tracer.capture.bcc_library import bcc_version
+from stallscope.tracer.capture.bcc_library import tracing_prefixes
 from stallscope.tracer.capture.bpf import BpfMap, attach_kprobe, attach_tracing
 from stallscope.tracer.capture.listener import EVENTS, FENTRY_RUNG, Hook, ListenerPlan
 from stallscope.tracer.capture.loader import KPROBE, TRACING, Loader
@@ -23,9 +23,6 @@ _MAX_LISTENERS = 1024
 _MAX_NAMESPACES = 256
 _MAX_WAITING = 65536
 """Connections followed from the enqueue to accept(), all listeners together; beyond, the oldest is forgotten."""
-
-_FENTRY_WITH_MODULE = (0, 28)
-"""bcc commit 80fcfc99, v0.28: the name of a tracing program holds the module, ``kfunc__vmlinux__f``."""
 
 
 class ListenerProgram(LoadedPrograms):
@@ -94,7 +91,7 @@ class ListenerProgram(LoadedPrograms):
         }
 
     def _load(self, ring_bytes: int, loader: Loader | None) -> None:
-        fentry, fexit = _tracing_prefixes()
+        fentry, fexit = tracing_prefixes()
         flags = [
             *self.plan.flags(FIRST_LISTENER_PROBE, fentry, fexit),
             f"-DMAX_LISTENERS={_MAX_LISTENERS}",
@@ -132,7 +129,7 @@ class ListenerProgram(LoadedPrograms):
         return refused
 
     def _attach_one(self, hook: Hook, *, is_return: bool) -> None:
-        program = self._program(self._name(hook, is_return=is_return))
+        program = self.program(self._name(hook, is_return=is_return))
         if self.plan.rungs[hook.function] == FENTRY_RUNG:
             self._keep(attach_tracing(program, hook.function))
         else:
@@ -141,12 +138,5 @@ class ListenerProgram(LoadedPrograms):
     def _name(self, hook: Hook, *, is_return: bool) -> str:
         """Return the name of a hook's program in the compiled source, as ``ListenerPlan.flags`` gave it."""
         if self.plan.rungs[hook.function] == FENTRY_RUNG:
-            return _tracing_prefixes()[is_return] + hook.function
+            return tracing_prefixes()[is_return] + hook.function
         return ("return_" if is_return else "enter_") + hook.function
-
-
-def _tracing_prefixes() -> tuple[str, str]:
-    """Return what bcc wants before the function in the names of fentry and fexit programs."""
-    numbers = tuple(int(part) for part in bcc_version().split(".")[:2] if part.isdigit())
-    module = "vmlinux__" if numbers >= _FENTRY_WITH_MODULE else ""
-    return f"kfunc__{module}", f"kretfunc__{module}"

@@ -24,10 +24,21 @@ _FDS_PER_MESSAGE = 128
 _LENGTH_BYTES = 8
 
 KPROBE = "kprobe"
+UPROBE = "uprobe"
 RAW_TRACEPOINT = "raw_tracepoint"
 TRACING = "tracing"
-_BCC_TYPES = {KPROBE: "KPROBE", RAW_TRACEPOINT: "RAW_TRACEPOINT", TRACING: "TRACING"}
+PERF_EVENT = "perf_event"
+_BCC_TYPES = {
+    KPROBE: "KPROBE",
+    UPROBE: "KPROBE",
+    RAW_TRACEPOINT: "RAW_TRACEPOINT",
+    TRACING: "TRACING",
+    PERF_EVENT: "PERF_EVENT",
+}
 """Our program kinds and bcc's constants; uprobes run kprobe programs, fentry and fexit tracing programs."""
+
+_ATTACH_TYPES = {UPROBE: 48}
+"""What programs of a kind are loaded for; BPF_TRACE_UPROBE_MULTI (``bpf.UPROBE_MULTI``)."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,8 @@ def _serve(connection: socket.socket) -> None:
     refused: dict[str, str] = {}
     for name, kind in request["programs"].items():
         try:
-            fds[name] = bpf.load_func(name.encode(), getattr(bcc.BPF, _BCC_TYPES[kind])).fd
+            attach_type = {"attach_type": _ATTACH_TYPES[kind]} if kind in _ATTACH_TYPES else {}
+            fds[name] = bpf.load_func(name.encode(), getattr(bcc.BPF, _BCC_TYPES[kind]), **attach_type).fd
         except Exception as error:  # bcc knows no other
             refused[name] = str(error)
     leaf_types = {}

@@ -16,6 +16,7 @@ from stallscope.tracer.capture.backlog import SockDiag, socket_inodes
 from stallscope.tracer.capture.bcc_library import bcc_version, load_bcc
 from stallscope.tracer.capture.bpf import load_trial
 from stallscope.tracer.capture.btf import KERNEL_BTF, kernel_types
+from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG, plan_loop
 from stallscope.tracer.capture.listener import KPROBES, fentry_refusal
 from stallscope.tracer.capture.namespace import read_sysctls
 from stallscope.tracer.capture.redis_target import Target, open_target
@@ -66,7 +67,7 @@ def check_machine() -> Iterator[Check]:
     yield _lockdown()
     yield _bcc()
     yield _uprobes()
-    yield _raw_tracepoints()
+    yield _event_loop()
     yield _btf()
     yield _kprobes()
     yield _fentry()
@@ -225,16 +226,24 @@ def _uprobes() -> Check:
     return Check("uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True)
 
 
-def _raw_tracepoints() -> Check:
+def _event_loop() -> Check:
+    plan = plan_loop()
+    if plan.rung != TRACEPOINT_RUNG:
+        return Check("event loop", OK, f"{plan.rung} on epoll_wait and accept: every iteration is timed")
     reason = load_trial(_PROG_RAW_TRACEPOINT)
-    if not reason:
-        return Check("event loop", OK, "raw tracepoints sys_enter and sys_exit: every iteration is timed")
+    if reason:
+        return Check(
+            "event loop",
+            FAILED,
+            f"raw tracepoint programs do not load ({reason})",
+            "run as root on Linux 4.17 or newer",
+        )
     return Check(
-        "event loop",
-        FAILED,
-        f"raw tracepoint programs do not load ({reason})",
-        "run as root on Linux 4.17 or newer",
-    )
+        "event loop", LIMITED,
+        "raw tracepoints sys_enter and sys_exit: every iteration is timed, and every system call of the host "
+        f"is slowed down a little ({plan.reason})",
+        "use a distribution kernel",
+    )  # fmt: skip
 
 
 def _btf() -> Check:

@@ -152,9 +152,13 @@ def find_by_port(port: int) -> list[int]:
     return pids
 
 
-def listening_ports(pid: int) -> set[int]:
-    """Return the TCP ports a process listens on; empty when it is gone or may not be looked at."""
-    owned = socket_inodes(pid)
+def listening_ports(pid: int, below: int = 0) -> set[int]:
+    """Return the TCP ports a process listens on; empty when it is gone or may not be looked at.
+
+    Args:
+        pid: the process. below: look only at descriptors with smaller numbers than this, 0: at all.
+    """
+    owned = socket_inodes(pid, below)
     try:
         diag = SockDiag(pid)
     except SurroundingsError:
@@ -216,12 +220,17 @@ def _is_whole(reply: bytes) -> bool:
     return True
 
 
+def looks_like_redis(name: str) -> bool:
+    """Return whether a process or file of this name may be a server; its binary decides."""
+    return _LOOKS_LIKE_REDIS.search(name) is not None
+
+
 def _redis_like_pids() -> Iterator[int]:
     import psutil  # only a search by port needs it
 
     for process in psutil.process_iter(["pid", "name", "exe"]):
         names = (process.info["name"] or "", Path(process.info["exe"] or "").name)
-        if any(_LOOKS_LIKE_REDIS.search(name) for name in names):
+        if any(map(looks_like_redis, names)):
             yield process.info["pid"]
 
 

@@ -31,10 +31,13 @@ from stallscope.tracer.capture.traced import TracedSet, TraceOptions
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import Manifest, NamespaceInfo, ProbeCounters, TargetInfo
-from stallscope.tracer.recording import joined_events
+from stallscope.tracer.recording import empty_events, joined_events
+from stallscope.tracer.stack_table import StackTable
 
 READ_NS = 50_000_000
 """How often waiting records are fetched; nobody is woken for them."""
+
+_MARK_TRIES = 20
 
 _SEARCH_NS = 250_000_000
 """How often a server that went away is looked for again on its port."""
@@ -57,6 +60,29 @@ class SessionOptions:
     any_program: bool = False
     password: str = ""
     command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The state of a session at one moment, where a part of it may begin or end.
+
+    Attributes:
+        time_ns: CLOCK_MONOTONIC.
+        counters: the in-kernel counters; unfinished: the spans under way (dtype ``EVENT``).
+        rows: how many records of each probe ``poll`` has returned so far, shape (MAX_PROBES,). Of those that a
+            counter says were sent, the rest comes with the next polls.
+        sampled: the last samples up to it; like those of ``poll`` they are returned once.
+        moment: the kernel's counters beside what the hooked functions added.
+        own_cpu_ns: CPU time of this process.
+    """
+
+    time_ns: int
+    counters: dict[int, ProbeCounters]
+    unfinished: npt.NDArray[np.void]
+    rows: npt.NDArray[np.int64]
+    sampled: npt.NDArray[np.void]
+    moment: Moment
+    own_cpu_ns: int
 
 
 @dataclass
@@ -101,14 +127,15 @@ class Session:
         self._targets: dict[int, TargetInfo] = {}
         self._port_of: dict[int, int] = {}
         self._call_cost_ns = self._system_call_cost_ns = 0.0
-        self._listeners_watched = 0
         self._starts: dict[int, Moment] = {}
         self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
         self._sampler = BacklogSampler()
+        self._stack_table: StackTable | None = None
         try:
             before_ns = measure_system_call_ns()
             self.started_ns = self._add(self._open_all())
+            self._stack_table = self._traced.stacks.table if self._traced.stacks is not None else None
             self.attached_ns = time.monotonic_ns()
             self._wall_offset_ns = time.time_ns() - self.attached_ns
             self._cpu_ns = own_cpu_ns()
@@ -139,9 +166,11 @@ class Session:
         if now_ns >= self._next_read or self._traced.is_filling:
             self._next_read = now_ns + READ_NS
             rows.append(self._look_at(self._traced.read()))
+            rows.append(self._take_stacks())
         if now_ns >= self._next_search:
             self._next_search = now_ns + _SEARCH_NS
             self._follow_targets()
+            self._traced.keep_loop_whole()
         return rows
 
     def counters(self, now_ns: int) -> dict[int, ProbeCounters]:
@@ -161,9 +190,12 @@ class Session:
         # the last sample, the kernel's counters and ours at one moment: detaching takes tenths of a second
         sampled = self._sampler.sample(time.monotonic_ns())
         namespaces = self._finished_namespaces()
+        if self._traced.stacks is not None:  # before all else, so that no sample is later than the recording
+            self._traced.stacks.stop(time.monotonic_ns())
         ended_ns, unfinished, counters = self._traced.stop()
         missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
         counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
+        stacks = self._take_stacks(is_last=True)
         self._show(counters, ended_ns)
         manifest = replace(
             self.manifest(),
@@ -171,9 +203,63 @@ class Session:
             ended_ns=ended_ns,
             wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
             ended_by=ended_by,
-            cost=self._cost(counters, ended_ns, used_ns),
+            cost=self._cost(counters, ended_ns - self.started_ns, used_ns),
         )
-        return joined_events([sampled, counted, _without(unfinished, counted)]), counters, manifest
+        return joined_events([sampled, counted, stacks, _without(unfinished, counted)]), counters, manifest
+
+    @property
+    def stacks(self) -> StackTable | None:
+        """What the ``stack`` numbers of stack samples mean, for whoever writes the rows; it grows."""
+        return self._stack_table
+
+    def unfinished(self) -> npt.NDArray[np.void]:
+        """Return the calls and stalls that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
+        return self._traced.unfinished(time.monotonic_ns())
+
+    def mark(self) -> Mark:
+        """Return the state at this moment; a part of the session may begin or end here.
+
+        A call that begins between two readings would be counted and not be under way: it is tried again until none
+        did, for as long as calls leave room for it.
+        """
+        sampled = self._sampler.sample(time.monotonic_ns())
+        moment = self._moment()
+        for _ in range(_MARK_TRIES):
+            before = self._traced.counters()
+            time_ns, unfinished, counters = self._traced.state()
+            if all(counter.hits == before[probe].hits for probe, counter in counters.items()):
+                break
+        return Mark(time_ns, counters, unfinished, self._rows.copy(), sampled, moment, own_cpu_ns())
+
+    def part(self, start: Mark, end: Mark | None = None, counters: dict[int, ProbeCounters] | None = None) -> Manifest:
+        """Return the manifest of the part of this session between two marks, or of one that has not ended.
+
+        Args:
+            counters: what was counted in it; for the cost.
+        """
+        manifest = self.manifest()
+        starts = self._starts | dict.fromkeys(start.moment.kernel, start.moment)
+        begun = [
+            replace(info, counters_start=dict(starts[info.inode].kernel[info.inode])) for info in manifest.namespaces
+        ]
+        manifest = replace(
+            manifest,
+            started_ns=start.time_ns,
+            targets=tuple(info for info in manifest.targets if not 0 < info.end_ns < start.time_ns),
+            namespaces=tuple(begun),
+        )
+        if end is None:
+            return manifest
+        names = COUNTED if self._traced.listener_rung else ()
+        known = [info for info in begun if info.inode in end.moment.kernel]
+        used_ns = end.own_cpu_ns - start.own_cpu_ns
+        return replace(
+            manifest,
+            namespaces=tuple(with_end(info, starts[info.inode], end.moment, names) for info in known),
+            ended_ns=end.time_ns,
+            wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
+            cost=self._cost(counters or {}, end.time_ns - start.time_ns, used_ns),
+        )
 
     def close(self) -> None:
         """Detach and free everything; may be called more than once."""
@@ -196,7 +282,8 @@ class Session:
             sample_ns=options.sample_ns,
             rungs={
                 "functions": "uprobe",
-                "event loop": "raw tracepoint" if self._traced.loop_attached else "not measured",
+                "event loop": self._traced.loop_rung or "not measured",
+                **({"stacks": self._traced.stack_rung} if options.stacks is not None else {}),
                 "accept queue": sampled,
                 "overflows": self._traced.listener_rung or sampled.replace("sock_diag, ", "") + ", not per event",
             },
@@ -234,6 +321,16 @@ class Session:
         self._rows += np.bincount(events["probe"], minlength=MAX_PROBES)
         return events
 
+    def _take_stacks(self, *, is_last: bool = False) -> npt.NDArray[np.void]:
+        """Return the rows of the stack samples that were unwound meanwhile, or all that are left."""
+        stacks = self._traced.stacks
+        if stacks is None:
+            return empty_events()
+        rows, notes = stacks.finish() if is_last else stacks.take()
+        for text in notes:
+            self._traced.note(text)
+        return rows
+
     def _show(self, counters: dict[int, ProbeCounters], now_ns: int) -> None:
         """Update the progress."""
         progress = self.progress
@@ -247,7 +344,7 @@ class Session:
         progress.own_share = (own_cpu_ns() - self._cpu_ns) / progress.elapsed_ns
         progress.notes = [note.text for note in self._traced.notes]
 
-    def _cost(self, counters: dict[int, ProbeCounters], ended_ns: int, used_ns: int) -> dict[str, float]:
+    def _cost(self, counters: dict[int, ProbeCounters], elapsed_ns: int, used_ns: int) -> dict[str, float]:
         """Return what tracing cost; keys carry their units."""
         hits = sum(counter.hits for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE)
         return {
@@ -256,7 +353,7 @@ class Session:
             "calls_traced": float(hits),
             "traced_process_ns": hits * self._call_cost_ns,
             "own_cpu_ns": float(used_ns),
-            "elapsed_ns": float(ended_ns - self.started_ns),
+            "elapsed_ns": float(elapsed_ns),
         }
 
     def _open_all(self) -> list[Target]:
@@ -279,6 +376,10 @@ class Session:
         """Watch the listeners of processes and attach to them; returns when attaching began, CLOCK_MONOTONIC ns."""
         self._traced.prepare(targets)
         self._traced.attach_listener()
+        return self._admit(targets)
+
+    def _admit(self, targets: Sequence[Target]) -> int:
+        """Do so with processes that are prepared."""
         namespaces = [self._sampler.add_target(target.pid) for target in targets]
         for info in self._sampler.namespaces:
             if info.inode not in self._starts:
@@ -299,9 +400,8 @@ class Session:
         """Watch the listeners that were opened, and forget those that were closed."""
         for listener in self._sampler.take_closed():
             self._traced.unwatch_listener(listener)
-        for listener in self._sampler.listeners[self._listeners_watched :]:
+        for listener in self._sampler.take_opened():
             self._traced.watch_listener(listener)
-        self._listeners_watched = len(self._sampler.listeners)
 
     def _follow_targets(self) -> None:
         """Let go of servers that ended, and take up those that came back on a wanted port."""
@@ -355,8 +455,11 @@ class Session:
         if not port:
             return
         found = server_information(pid, port, self.options.password)
-        info = self._targets[pid]
-        self._targets[pid] = replace(info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()})
+        info = self._targets.get(pid)
+        if info is not None:  # else it ended meanwhile
+            self._targets[pid] = replace(
+                info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()}
+            )
 
 
 def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:

@@ -56,6 +56,7 @@ function figure(fullPx) {
     top += lane.height + TITLE_PX;
   });
   addBands(layout, colours, widthPx, innerPx);
+  addTriggers(layout, colours, widthPx);
   addChosenStall(layout, colours);
   return { traces, layout };
 }
@@ -133,6 +134,28 @@ function hatch(left, right, heightPx, kind, perPx) {
     segments.push(`M${toAxis(state.from + from * perPx)},${low}L${toAxis(state.from + to * perPx)},${high}`);
   }
   return segments.join("");
+}
+
+// What made this capture: a line through all lanes at each trigger, its text where there is room.
+function addTriggers(layout, colours, widthPx) {
+  const perPx = (state.to - state.from) / widthPx;
+  let labelled = -Infinity;
+  for (const trigger of page.triggers) {
+    if (trigger.time_ns < state.from || trigger.time_ns > state.to) continue;
+    const x = toAxis(trigger.time_ns);
+    layout.shapes.push({
+      type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, name: "trigger",
+      line: { width: 1.5, dash: "dash", color: colours.ink },
+    });
+    const place = (trigger.time_ns - state.from) / perPx;
+    const room = place - labelled > 6.2 * trigger.text.length + 24;
+    if (room) labelled = place;
+    layout.annotations.push({
+      text: room ? `⚑ ${plain(trigger.text)}` : "⚑", x, xref: "x", xanchor: "left", y: 1, yref: "paper", yanchor: "top", showarrow: false,
+      font: { size: 10.5, color: colours.ink }, bgcolor: colours.panel, borderpad: 1, name: "trigger",
+      hovertext: `<b>${plain(trigger.text)}</b><br>${plain(trigger.seen)}<br>${at(trigger.time_ns, 3)}`, captureevents: true,
+    });
+  }
 }
 
 function addChosenStall(layout, colours) {

@@ -1,0 +1,141 @@
+"""What the tests of ``stallscope watch`` share: a running watch, what it says, and the captures it keeps."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from lab.server import HOST, Server
+from tracing import DEADLINE_S, STALLSCOPE, Rows, until
+
+from stallscope.tracer.manifest import ITERATION
+from stallscope.tracer.recording import read_recording
+
+CAPTURED = re.compile(r"^captured .*?: (\S+\.stall)", re.MULTILINE)
+TRIGGERED = re.compile(r"^trigger: (.*)$", re.MULTILINE)
+
+
+class Watch:
+    """A ``stallscope watch`` that is under way."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
+        self.process = process
+        self.folder = folder
+        self._said = b""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def said(self) -> str:
+        """Everything it has said on stderr so far."""
+        assert self.process.stderr is not None
+        while not self.process.stderr.closed and select.select([self.process.stderr], [], [], 0)[0]:
+            part = os.read(self.process.stderr.fileno(), 65536)
+            if not part:
+                break
+            self._said += part
+        return self._said.decode()
+
+    def wait_until_it_says(self, text: str, *, times: int = 1) -> None:
+        until(lambda: self.said.count(text) >= times or self.process.poll() is not None, f"watch says {text!r}")
+        assert self.said.count(text) >= times, self.said
+
+    def captured(self) -> list[Path]:
+        """Return the captures it has told of, in their order."""
+        return [Path(path) for path in CAPTURED.findall(self.said)]
+
+    def triggered(self) -> list[str]:
+        return TRIGGERED.findall(self.said)
+
+    def capture(self, number: int) -> Rows:
+        """Wait for its capture of this number, from 0, and return its rows."""
+        until(lambda: len(self.captured()) > number or self.process.poll() is not None, f"capture {number}")
+        assert len(self.captured()) > number, self.said
+        return Rows(read_recording(self.captured()[number]))
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """Send it a signal and return its exit status, -N when signal N killed it."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(DEADLINE_S)
+
+    def resident_kb(self) -> int:
+        """Return its resident memory, kB."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")))
+
+    def close(self) -> None:
+        """Keep what it said and let go of its stderr."""
+        assert self.process.stderr is not None
+        self._said = self.said.encode()
+        self.process.stderr.close()
+
+
+@contextmanager
+def watching(
+    folder: Path, *words: str, prefix: Sequence[str] = (), environment: dict[str, str] | None = None
+) -> Iterator[Watch]:
+    """Run ``stallscope watch`` with these words, and yield it once it watches."""
+    process = subprocess.Popen(
+        [*prefix, STALLSCOPE, "watch", "-o", str(folder), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | (environment or {}),
+    )
+    watch = Watch(process, folder)
+    try:
+        watch.wait_until_it_says("watching ")
+        yield watch
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        process.wait()
+        watch.close()
+
+
+def iterations(rows: Rows, at_least_ns: int) -> list[tuple[int, int]]:
+    """Return (start, end) of the event loop iterations that took so long."""
+    (probe,) = [probe.id for probe in rows.manifest.probes if probe.kind == ITERATION]
+    found = rows.all[(rows.all["probe"] == probe) & rows.all["is_finished"]]
+    found = found[found["end_ns"] - found["start_ns"] >= at_least_ns]
+    return list(zip(found["start_ns"].tolist(), found["end_ns"].tolist(), strict=True))
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """Stop a server's process, as a debugger does: the kernel goes on to take connections for it."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        until(lambda: _state(server.pid) == "T", "the server is stopped")
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+@contextmanager
+def connecting(server: Server, count: int) -> Iterator[list[socket.socket]]:
+    """Begin that many connections, whatever becomes of them."""
+    with ExitStack() as stack:
+        clients = []
+        for _ in range(count):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((HOST, server.port))
+            clients.append(client)
+        yield clients
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

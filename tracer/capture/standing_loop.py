@@ -1,0 +1,142 @@
+"""The event loops of a watch: followed for weeks by the cheapest way, and exactly while detail is wanted.
+
+Where the few system calls of an event loop can be hooked, they are, all the time, and every iteration is exact. Raw
+tracepoints would cost every system call of the host something for weeks: then the watchdog looks into /proc, and
+the tracepoints are attached only while detail is wanted. Both report the same kind of rows. A stall that is in
+progress when the tracepoints are attached is handed over: it began when the watchdog says, and ends when they see it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stallscope.tracer.capture.program import ITERATION_PROBE
+from stallscope.tracer.capture.traced import ITERATION_FIELDS, TracedSet
+from stallscope.tracer.capture.watchdog import StallInProgress, Watchdog
+from stallscope.tracer.errors import SurroundingsError
+from stallscope.tracer.layout import EVENT
+from stallscope.tracer.watch.evaluation import UnderWay
+
+_NEVER_NS = 2**63 - 1
+_NOTHING: npt.NDArray[np.void] = np.zeros(0, EVENT)
+
+
+@dataclass(frozen=True)
+class _HandedOver:
+    """A stall whose end the tracepoints may or may not see: its thread, and when it began."""
+
+    tid: int
+    start_ns: int
+
+
+class StandingLoop:
+    """The event loops of all watched processes."""
+
+    def __init__(self, traced: TracedSet, threshold_ns: int) -> None:
+        """Follow none yet; ``threshold_ns`` is how long a stall is at least for the watchdog."""
+        self._traced = traced
+        self._watchdog = Watchdog(threshold_ns) if traced.is_loop_on_demand else None
+        self._next_ns = 0
+        self._in_progress: list[StallInProgress] = []
+        self._attached_ns = _NEVER_NS
+        self._not_ours: set[_HandedOver] = set()
+        self._crons: tuple[int, ...] = ()
+        self._are_crons_trusted = True
+        if self._watchdog is not None:
+            probe = self._watchdog.probe()
+            fields = (*ITERATION_FIELDS, *(one for one in probe.fields if one not in ITERATION_FIELDS))
+            traced.describe_loop(f"{probe.rung}; by raw tracepoint while detail is attached", fields)
+
+    @property
+    def due_ns(self) -> int:
+        """When ``sample`` is to be called next, CLOCK_MONOTONIC."""
+        return self._next_ns if self._watchdog is not None else _NEVER_NS
+
+    def add(self, pid: int) -> None:
+        """Follow the event loop of a process, which its first thread runs."""
+        if self._watchdog is None:
+            return
+        try:
+            self._watchdog.add(pid, pid)
+        except SurroundingsError as error:
+            self._traced.note(str(error))
+
+    def remove(self, pid: int) -> None:
+        """Let go of a process."""
+        if self._watchdog is not None:
+            self._watchdog.remove(pid)
+            self._in_progress = [stall for stall in self._in_progress if stall.pid != pid]
+
+    def sample(self, now_ns: int) -> npt.NDArray[np.void]:
+        """Look at every event loop; returns the stalls that have ended (dtype ``EVENT``) and nobody else sees."""
+        if self._watchdog is None:
+            return _NOTHING
+        ended, self._in_progress = self._watchdog.sample(now_ns)
+        self._next_ns = now_ns + self._watchdog.interval_ns
+        if not len(ended) or self._attached_ns == _NEVER_NS:
+            return ended
+        # the tracepoints see those that end while they are attached, but for those that were not handed over
+        left = np.array([_key(row) in self._not_ours for row in ended], bool)
+        return ended[left | (ended["start_ns"] + ended["duration_ns"] < self._attached_ns)]
+
+    def take(self, events: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+        """Tell the watchdog of finished calls of serverCron; returns the events that are to be kept."""
+        if self._watchdog is None or not len(events):
+            return events
+        if self._crons and self._are_crons_trusted:
+            crons = events[np.isin(events["probe"], self._crons)]
+            if len(crons):
+                self._watchdog.take_crons(crons[np.argsort(crons["start_ns"], kind="stable")])
+        if not self._not_ours:
+            return events
+        places = np.flatnonzero(events["probe"] == ITERATION_PROBE)
+        unwanted = [place for place in places if _key(events[place]) in self._not_ours]
+        return np.delete(events, unwanted) if unwanted else events
+
+    def follow(self, cron_probes: tuple[int, ...]) -> None:
+        """Learn which probes are serverCron."""
+        self._crons = cron_probes
+
+    def trust_crons(self, trusted: bool) -> None:
+        """Take serverCron for a witness, or not while its calls are not all seen: it would seem to come late."""
+        self._are_crons_trusted = trusted
+        if self._watchdog is not None:
+            for pid in self._traced.targets:
+                self.add(pid)  # begins without a memory
+
+    def under_way(self) -> list[UnderWay]:
+        """Return the iterations that have not ended: those the tracepoints saw begin, and those that stand still."""
+        if self._watchdog is None or self._attached_ns != _NEVER_NS:
+            return [UnderWay(tid, start_ns, tid) for tid, start_ns in self._traced.base.iterations_under_way()]
+        return [UnderWay(stall.tid, stall.start_ns, stall.pid) for stall in self._in_progress]
+
+    def attach(self) -> None:
+        """Follow the event loops exactly from now on."""
+        if self._watchdog is None or self._attached_ns != _NEVER_NS:
+            return
+        self._not_ours.clear()
+        self._traced.attach_loop()
+        self._attached_ns = time.monotonic_ns()
+        for stall in self._in_progress:
+            self._traced.base.watch_loop(stall.tid, stall.start_ns)
+            if not self._watchdog.is_still(stall.pid):
+                self._not_ours.add(_HandedOver(stall.tid, stall.start_ns))
+
+    def detach(self) -> None:
+        """Go back to the watchdog."""
+        if self._watchdog is not None and self._attached_ns != _NEVER_NS:
+            self._attached_ns = _NEVER_NS
+            self._traced.detach_loop()
+
+    def close(self) -> None:
+        """Let go of all."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+
+
+def _key(row: np.void) -> _HandedOver:
+    return _HandedOver(int(row["tid"]), int(row["start_ns"]))
