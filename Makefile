@@ -4,6 +4,7 @@
 #   make lint    ruff, mypy, clang-format
 #   make bench   the figures of README's "What it costs", beside their peers
 #   make statistics   how often diff and verify are wrong, against simulated truth
+#   make case    the incident's story again: recordings of all variants, their table, CASE-STUDY.md
 #   make vm      the test machine with kernel probes (vagrant/); make test-vm runs the kernel tests in it
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
@@ -68,4 +69,5 @@ clean:
 include tests/bench/bench.mk
 include tests/statistics/statistics.mk
 include vagrant/vm.mk
+include vagrant/case/case.mk
 vm: setup vm-packages

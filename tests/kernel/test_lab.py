@@ -380,6 +380,22 @@ class TestCommand:
         assert done.stderr == "incident.py: sh failed early: the load was cut short\n"
         assert not psutil.pid_exists(int(done.stdout))
 
+    def test_is_interrupted_before_the_clients_leave(self, tmp_path: Path) -> None:
+        document = tmp_path / "load.json"
+        script = """
+import re, signal, socket
+signal.signal(signal.SIGINT, lambda *_: None)
+signal.pause()
+with socket.create_connection(("127.0.0.1", {port})) as server:
+    server.sendall(b"INFO clients\\r\\n")
+    print(re.search(rb"connected_clients:(\\d+)", server.recv(65536))[1].decode())
+"""
+        words = self.words(sys.executable, "-c", script)
+        done = run_file("incident.py", "--interrupt", "--load-json", str(document), *words)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) > QUIET.idle
+        assert Outcome.from_json(document.read_text()).held.count == QUIET.idle
+
     def test_that_does_not_exist_is_a_usage_error(self) -> None:
         done = run_file("incident.py", *self.words("/no/such/recorder"))
         assert done.returncode == 2
