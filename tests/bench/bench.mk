@@ -2,11 +2,11 @@
 #   make bench         everything: needs root, takes about 5 minutes
 #   make bench-quick   fewer and shorter rounds, about 2 minutes
 BENCH_JSON ?=
-BENCH_PACKAGES := $(DEMO_PACKAGES) bpftrace redis-server redis-tools tshark
+BENCH_PACKAGES := $(DEMO_PACKAGES) bpftrace gdb linux-perf redis-server redis-tools tshark
 
 .PHONY: bench bench-quick bench-packages
 bench-packages: PACKAGES = $(BENCH_PACKAGES)
 
 bench bench-quick: setup bench-packages
-	$(PYTHON) vagrant/lab/build.py 2.8.17 >/dev/null
+	$(PYTHON) vagrant/lab/build.py 2.8.17 5.0.6 >/dev/null
 	$(PYTHON) tests/bench/run.py $(if $(filter bench-quick,$@),--quick) $(if $(BENCH_JSON),--json $(BENCH_JSON))
