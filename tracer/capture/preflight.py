@@ -28,6 +28,7 @@ OK, LIMITED, FAILED = "ok", "limited", "failed"
 # Linux include/uapi/linux/capability.h
 _CAPABILITIES = {
     "CAP_DAC_READ_SEARCH": 2,
+    "CAP_SYSLOG": 34,
     "CAP_SYS_ADMIN": 21,
     "CAP_SYS_PTRACE": 19,
     "CAP_PERFMON": 38,
@@ -36,6 +37,7 @@ _CAPABILITIES = {
 _WITHOUT = {
     "CAP_SYS_PTRACE": "other users' processes are out of reach",
     "CAP_SYS_ADMIN": "servers in other network namespaces (containers) are out of reach",
+    "CAP_SYSLOG": "refused connections are sampled, where the kernel could be hooked",
     "CAP_DAC_READ_SEARCH": "watch cannot see without probes whether another user's server waits for events",
 }
 """What is missing without a capability; tests/kernel/test_capabilities.py takes each one away."""
