@@ -25,14 +25,16 @@ STORY = """
 about = "as it was"
 build = "2.8.17"
 recipe = "little"
-load = { attach = 12 }
+load = { attach = 1 }
+wait_for = "attached"
 runs = 1
 
 [variant.after]
 about = "the fix"
 build = "5.0.6"
 recipe = "little"
-load = { attach = 12 }
+load = { attach = 1 }
+wait_for = "attached"
 runs = 1
 
 [memory]

@@ -158,9 +158,9 @@ class TestStory:
             "--interrupt --load-json backlog.load.json -- stallscope record -p {pid} -o backlog.stall"
         )
         shown = record.command_shown(STORY.variants["kernel-delay"])
-        assert shown.startswith("vagrant/vm run --kernel 6.1 --out . -- 'tc qdisc add dev lo root netem delay ")
-        assert "&& vagrant/lab/incident.py --build" in shown
-        assert shown.endswith("-o $STALLSCOPE_OUT/kernel-delay.stall'")
+        assert shown.startswith("vagrant/vm run --kernel 6.1 --out . -- 'vagrant/lab/incident.py --build 2.8.17 ")
+        assert ' -- bash -c "tc qdisc add dev lo root netem delay ' in shown
+        assert shown.endswith(" && exec stallscope record -p {pid} -o $STALLSCOPE_OUT/kernel-delay.stall\"'")
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -340,6 +340,14 @@ class TestStudy:
         for one in document["variants"][variant]["runs"]:
             one[metric] = value
         assert [says for says in failing(document) if says.startswith(claim)], failing(document)
+
+    def test_claims_about_the_kernel_fail_when_a_refusal_was_not_seen_or_seen_elsewhere(self) -> None:
+        document = copy.deepcopy(WRITTEN)
+        typical = document["variants"]["kernel"]["typical"]
+        typical["reconciliation"][0]["matches"][0]["observed"] -= 1
+        typical["requests"]["listeners"][0]["events"].append({"name": "SYN refused otherwise", "count": 1, "rows": 1})
+        assert [says for says in failing(document) if says.startswith("in the machine every refusal was seen")]
+        assert [says for says in failing(document) if says.startswith("on loopback every refusal was decided")]
 
     def test_claims_about_the_whole_run_fail_too(self) -> None:
         document = copy.deepcopy(WRITTEN)

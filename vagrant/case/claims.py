@@ -66,6 +66,23 @@ def _memory_residence(document: Document) -> bool:
     return kept[small] < document["article"]["kept_bytes"] / 2 < kept[large]
 
 
+def _requests(document: Document, variant: str) -> dict[str, int]:
+    """Return how often each kind of event happened at the traced listener, in the typical run."""
+    (listener,) = document["variants"][variant]["typical"]["requests"]["listeners"]
+    return {event["name"]: event["count"] for event in listener["events"]}
+
+
+def _seen_one_by_one(document: Document, variant: str) -> bool:
+    return all(
+        match["observed"] + match["unwatched"] == match["counted"] > 0 or match["name"] not in _LISTEN_COUNTERS
+        for namespace in document["variants"][variant]["typical"]["reconciliation"]
+        for match in namespace["matches"]
+    )
+
+
+AT_SYN, AT_ACK = "SYN refused: accept queue full", "third ACK refused silently: accept queue full"
+_LISTEN_COUNTERS = ("ListenOverflows", "ListenDrops")
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "no recording lost an event or was cut short",
@@ -186,5 +203,23 @@ CLAIMS: tuple[Claim, ...] = (
         "what it keeps resident is far less after short commands, and near the prediction after full buffers",
         (),
         lambda document: not document["memory"] or _memory_residence(document),
+    ),
+    Claim(
+        "in the machine every refusal was seen, as many as the kernel counted",
+        ("kernel",),
+        lambda document: _seen_one_by_one(document, "kernel"),
+    ),
+    Claim(
+        "on loopback every refusal was decided at the SYN",
+        ("kernel",),
+        lambda document: {name for name in _requests(document, "kernel") if "refused" in name} == {AT_SYN},
+    ),
+    Claim(
+        "with a network's delay every refusal was seen, and some at the third ACK",
+        ("kernel-delay",),
+        lambda document: (
+            _seen_one_by_one(document, "kernel-delay")
+            and min(_requests(document, "kernel-delay").get(name, 0) for name in (AT_SYN, AT_ACK)) > 0
+        ),
     ),
 )

@@ -144,15 +144,15 @@ def command_shown(variant: Variant) -> str:
 
 
 def _incident_words(variant: Variant, incident: str, tracer: str, recording: str, load: str) -> str:
-    record = [tracer, "record", "-p", "{pid}", *variant.record, "-o", recording]
-    words = [*variant.load_words(), "--interrupt", "--load-json", load, "--", *record]
-    # $STALLSCOPE_OUT stays for the shell of the machine
-    return " ".join([incident, *(word if "$" in word or "{" in word else shlex.quote(word) for word in words)])
+    record = " ".join([tracer, "record", "-p", "{pid}", *variant.record, "-o", recording])
+    if variant.first:
+        record = f'bash -c "{variant.first} && exec {record}"'
+    # $STALLSCOPE_OUT stays for the shell of the machine, {pid} for incident.py
+    return " ".join([incident, *variant.load_words(), "--interrupt", "--load-json", load, "--", record])
 
 
 def _in_machine(variant: Variant, machine: str, out: str, inner: str) -> str:
-    command = f"{variant.before} && {inner}" if variant.before else inner
-    return f"{machine} run --kernel {variant.kernel} --out {shlex.quote(out)} -- '{command}'"
+    return f"{machine} run --kernel {variant.kernel} --out {shlex.quote(out)} -- '{inner}'"
 
 
 def _record(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,8 @@ class Variant:
     load: dict[str, float] = field(default_factory=dict)
     record: tuple[str, ...] = ()
     kernel: str = ""
-    before: str = ""
+    first: str = ""
+    wait_for: str = ""
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +51,12 @@ class Variant:
             raise CaseUsageError(f"{self.name}: there is no recipe {self.recipe}; see vagrant/lab/load.py --recipes")
         if unknown := set(self.load) - _OPTIONS:
             raise CaseUsageError(f"{self.name}: incident.py has no option --{min(unknown)}; see its --help")
+        if unsafe := [
+            word
+            for word in (*map(str, self.load.values()), *self.record, self.wait_for or "-")
+            if shlex.quote(word) != word
+        ]:
+            raise CaseUsageError(f"{self.name}: {unsafe[0]} would have to be quoted for the shell; write it without")
         if self.runs < 1:
             raise CaseUsageError(f"{self.name}: runs is {self.runs}; write 1 or more")
 
@@ -60,7 +68,8 @@ class Variant:
     def load_words(self) -> list[str]:
         """Return the words for ``incident.py`` that choose the server and the load."""
         words = ["--build", self.build, "--recipe", self.recipe]
-        return words + [word for name, value in self.load.items() for word in (f"--{name}", str(value))]
+        words += [word for name, value in self.load.items() for word in (f"--{name}", str(value))]
+        return [*words, "--wait-for", self.wait_for] if self.wait_for else words
 
 
 @dataclass(frozen=True)
