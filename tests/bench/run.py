@@ -26,7 +26,7 @@ from lab import LabError  # noqa: E402
 
 from stallscope.tracer.errors import StallscopeError  # noqa: E402
 
-BENCHES = ("attach", "reader", "memory", "hit", "throughput", "standing", "listener", "captures", "analysis")
+BENCHES = ("attach", "reader", "memory", "hit", "throughput", "watch", "standing", "listener", "captures", "analysis")
 WITHOUT_ROOT = {"analysis"}
 EXIT_UNABLE = 4
 
