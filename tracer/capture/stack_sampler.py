@@ -22,10 +22,10 @@ from stallscope.tracer.layout import struct_dtype
 from stallscope.tracer.manifest import ProbeCounters
 
 RING_BYTES = 8 << 20
-"""Room for 500 samples: half a second at the highest rate."""
+"""Room for 330 samples: a third of a second at the highest rate."""
 
 MAX_SAMPLED = 64
-"""Threads sampled at a time; each has 17 KB of kernel memory for the stack it leaves the CPU with."""
+"""Threads sampled at a time; each has 25 KB of kernel memory for the stack it leaves the CPU with."""
 
 _MAX_KERNEL_STACKS = 8192
 _KERNEL_FRAMES = 64

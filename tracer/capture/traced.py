@@ -500,9 +500,7 @@ class TracedSet:
         self.base.watch_loop(target.pid)
         if self.stacks is not None:
             try:
-                self.stacks.prepare(target.pid)
-                if not self.stacks.options.on_demand:
-                    self.stacks.add(target.pid)
+                self.stacks.take_up(target.pid)
             except SurroundingsError as error:
                 self.note(str(error))
         self.targets[target.pid] = target

@@ -20,6 +20,7 @@ from stallscope.tracer.capture.detail import DetailTier
 from stallscope.tracer.capture.guard import OverheadGuard
 from stallscope.tracer.capture.program import FIRST_CALL_PROBE
 from stallscope.tracer.capture.session import SessionOptions
+from stallscope.tracer.capture.stack_sampler import StackOptions
 from stallscope.tracer.capture.traced import TraceOptions, requested_functions
 from stallscope.tracer.capture.watchdog import Watchdog
 from stallscope.tracer.capture.watched import WatchedSession
@@ -38,6 +39,9 @@ from stallscope.tracer.watch.writer import Finished
 
 if TYPE_CHECKING:
     from stallscope.tracer.watch.metrics import WatchMetrics
+
+STACK_PERIOD_NS = 1_000_000_000 // 499
+"""Stacks are sampled in stalls only, and these are short: 100 samples of one of 200 ms."""
 
 CHUNK_NS = 500_000_000
 """How often the counters are read; a capture begins at such a moment."""
@@ -131,7 +135,7 @@ class Watcher:
         begin = self._session.boundary()
         self._aftercare = Aftercare(options.command, report=options.report, command_ns=options.command_ns, verdict=True)
         self._preroll = Preroll(options.before_ns, options.memory_bytes, begin)
-        self._captures = Captures(options.capture, self._folder, self._preroll)
+        self._captures = Captures(options.capture, self._folder, self._preroll, lambda: self._session.stacks)
         self._triggers = TriggerState(options.triggers)
         self._manifest = self._session.manifest()
         self._detail = DetailTier(
@@ -395,6 +399,7 @@ def trace_options(options: WatchOptions) -> TraceOptions:
         options.ring_bytes,
         on_demand,
         loop_on_demand=options.detail != DETAIL_ALWAYS,
+        stacks=StackOptions(STACK_PERIOD_NS, always=False, on_demand=True),
     )
 
 

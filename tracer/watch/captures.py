@@ -15,7 +15,7 @@ length. A thread of its own writes it: the watching loop never waits for a disk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -32,6 +32,7 @@ from stallscope.tracer.manifest import (
     ProbeCounters,
     TriggerInfo,
 )
+from stallscope.tracer.stack_table import StackTable
 from stallscope.tracer.units import format_count, format_duration_ns
 from stallscope.tracer.watch.evaluation import Firing
 from stallscope.tracer.watch.folder import CaptureFolder, Place
@@ -74,13 +75,24 @@ class Captures:
         started, suppressed: captures begun; triggers that fell into a cool-down.
     """
 
-    def __init__(self, options: CaptureOptions, folder: CaptureFolder, preroll: Preroll) -> None:
-        """Begin idle."""
+    def __init__(
+        self,
+        options: CaptureOptions,
+        folder: CaptureFolder,
+        preroll: Preroll,
+        stacks: Callable[[], StackTable | None] = lambda: None,
+    ) -> None:
+        """Begin idle.
+
+        Args:
+            stacks: gives what the rows' ``stack`` numbers mean, for the capture that begins now.
+        """
         self.options = options
         self.started = 0
         self.suppressed = 0
         self._folder = folder
         self._preroll = preroll
+        self._stacks = stacks
         self._current: _Capture | None = None
         self._finishing: list[CaptureWriter] = []
         self._finished: deque[Finished] = deque(maxlen=_MAX_FINISHED)
@@ -146,7 +158,7 @@ class Captures:
         if since:
             notes.append(f"{format_count(since, 'trigger')} came true in the cool-down before this capture")
         self._suppressed_before = self.suppressed
-        self._current = _Capture(self.options, self._folder, place, lookback, manifest, notes)
+        self._current = _Capture(self.options, self._folder, place, lookback, manifest, notes, self._stacks())
         self._current.extend(firings, held_ns)
         self.started += 1
         return STARTED
@@ -203,6 +215,7 @@ class _Capture:
         lookback: Lookback,
         manifest: Manifest,
         notes: Sequence[str],
+        stacks: StackTable | None,
     ) -> None:
         first = lookback.chunks[0]
         self._options = options
@@ -221,7 +234,7 @@ class _Capture:
         elif lookback.dropped:
             text = f"{format_count(lookback.dropped, 'event')} of the pre-roll dropped: --memory held no more"
             self._notes.append(Note(first.begin.time_ns, text))
-        self.writer = CaptureWriter(folder, place, self._manifest(manifest), options.memory_bytes)
+        self.writer = CaptureWriter(folder, place, self._manifest(manifest), options.memory_bytes, stacks)
         samples = first.samples.copy()
         samples["start_ns"] = self._begin.time_ns
         self.writer.put(samples)
