@@ -322,8 +322,8 @@ class TestCommand:
             ("known-call", "folded", "has no stack samples; record with --stacks"),
         ],
     )
-    def test_refuses_what_has_none(self, name: str, format_name: str, why: str) -> None:
-        done = self.run(str(DATA / f"{name}.stall"), "-f", format_name, "--samples", "-o", "-")
+    def test_refuses_what_has_none(self, name: str, format_name: str, why: str, tmp_path: Path) -> None:
+        done = self.run(str(DATA / f"{name}.stall"), "-f", format_name, "--samples", "-o", str(tmp_path / "x"))
         assert done.returncode == 2
         assert why in done.stderr
         assert len(done.stderr.splitlines()) == 1
