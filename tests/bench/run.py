@@ -28,7 +28,7 @@ from stallscope.tracer.errors import StallscopeError  # noqa: E402
 
 BENCHES = (
     "attach", "reader", "memory", "hit", "throughput", "standing", "listener", "captures", "analysis", "unwind",
-    "stacks",
+    "stacks", "watch",
 )  # fmt: skip
 WITHOUT_ROOT = {"analysis"}
 EXIT_UNABLE = 4

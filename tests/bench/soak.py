@@ -71,7 +71,7 @@ class Result:
 
     stalls: list[Stall] = field(default_factory=list)
     missed: list[Stall] = field(default_factory=list)
-    without_preroll: list[Path] = field(default_factory=list)
+    without_preroll: list[str] = field(default_factory=list)
     invented: list[str] = field(default_factory=list)
     starved: int = 0
     captures: int = 0
@@ -106,7 +106,7 @@ class Result:
         lines += [f"watch ended: {line}" for line in self.own_cpu]
         lines += [f"MISSED: {stall}" for stall in self.missed]
         lines += [f"INVENTED: {text}" for text in self.invented]
-        lines += [f"WITHOUT PRE-ROLL: {path}" for path in self.without_preroll]
+        lines += [f"WITHOUT PRE-ROLL: {text}" for text in self.without_preroll]
         return lines
 
     @property
@@ -224,7 +224,7 @@ class Soak:
         """Kill the watch while it captures, and start another."""
         self._settle()
         self.server.command("DEBUG", "SLEEP", "0.2")
-        time.sleep(1.5)
+        time.sleep(0.5)
         self.watch.end(signal.SIGKILL, self.result)
         self.watch = Watch(self.folder, self._logs / "1", self.server.port)
         self.result.left_over = self.watch.said.count("was cut short and is kept so")
@@ -305,9 +305,10 @@ def compare(folder: Path, result: Result) -> None:
         first_ns = min((trigger.time_ns for trigger in manifest.triggers), default=manifest.started_ns)
         is_missing = any("pre-roll" in note.text for note in manifest.notes)
         if is_missing or first_ns - manifest.started_ns < BEFORE_NS - _CHUNK_NS:
-            result.without_preroll.append(path)
+            why = [note.text for note in manifest.notes if "pre-roll" in note.text]
+            result.without_preroll.append(f"{path.name}: {(first_ns - manifest.started_ns) / 1e9:.2f} s; {why}")
         if recording.complete and not _is_explained(spans, manifest.triggers, result):
-            result.invented.append(f"{path.name}: {[trigger.text for trigger in manifest.triggers]} {spans}")
+            result.invented.append(f"{path.name}: {manifest.triggers} {[note.text for note in manifest.notes]}")
     result.missed = open_stalls
 
 

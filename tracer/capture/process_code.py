@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from stallscope.tracer.errors import StallscopeError, SymbolError, TargetError
-from stallscope.tracer.unwind.cache import RuleCache
 from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.unwinder import Unwinder
 
@@ -35,7 +34,7 @@ def open_unwinder(pid: int, known: dict[tuple[str, str], CodeImage] | None = Non
                 if image is None:
                     image = images[key] = _image(pid, path, start, end)
                 by_path[path] = image
-                _ = image.rules  # now, not when samples wait
+                _ = image.rules  # read now, decoded as stacks ask for them
             except StallscopeError as error:
                 failures.append(str(error))
         build_id = by_path[path].build_id if path in by_path else ""
@@ -66,7 +65,7 @@ def _image(pid: int, path: str, start: int, end: int) -> CodeImage:
     # through its mapping, which also reaches a file that was replaced or deleted
     mapped = f"/proc/{pid}/map_files/{start:x}-{end:x}"
     place = mapped if os.access(mapped, os.R_OK) else f"{root}{path}"
-    return CodeImage.from_file(place, seen_as=path, root=root, cache=RuleCache.of_user())
+    return CodeImage.from_file(place, seen_as=path, root=root)
 
 
 def _memory(pid: int, start: int, end: int) -> bytes:

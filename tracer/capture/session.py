@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -294,6 +295,7 @@ class Session:
                 "kernel": platform.release(),
                 "machine": platform.machine(),
                 "cpus": str(os.cpu_count() or 0),
+                "cpu": _cpu_model(),
             },
             notes=tuple(self._traced.notes),
         )
@@ -462,6 +464,15 @@ class Session:
             self._targets[pid] = replace(
                 info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()}
             )
+
+
+def _cpu_model() -> str:
+    """Return the model of the first CPU, "" where the kernel does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:
