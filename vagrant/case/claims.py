@@ -9,7 +9,7 @@ holds. A claim about variants that were not run is left out, as the template lea
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,15 @@ def _all(document: Document, variant: str, metric: str) -> list[float]:
 
 
 def _median(document: Document, variant: str, metric: str) -> float:
-    return statistics.median(_all(document, variant, metric))
+    return _middle(_all(document, variant, metric))
+
+
+def _middle(values: Iterable[float]) -> float:
+    return float(statistics.median(values))
 
 
 def _kept(document: Document, build_patched: bool, size: int, what: str) -> float:
-    return statistics.median(
+    return _middle(
         run["settled"][what]
         for run in document["memory"]
         if run["build"].endswith("-patched") == build_patched and run["value_bytes"] == size
@@ -63,7 +67,8 @@ def _memory_residence(document: Document) -> bool:
         for pick in (small, large)
         for size in (pick(run["value_bytes"] for run in document["memory"]),)
     }
-    return kept[small] < document["article"]["kept_bytes"] / 2 < kept[large]
+    predicted: float = document["article"]["kept_bytes"]
+    return kept[small] < predicted / 2 < kept[large]
 
 
 def _requests(document: Document, variant: str) -> dict[str, int]:
