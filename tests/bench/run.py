@@ -19,14 +19,17 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "vagrant")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "kernel"), str(HERE.parents[1] / "vagrant")]
 
 from figures import BenchError, Findings, table  # noqa: E402
 from lab import LabError  # noqa: E402
 
 from stallscope.tracer.errors import StallscopeError  # noqa: E402
 
-BENCHES = ("attach", "reader", "memory", "hit", "throughput", "listener", "captures", "analysis", "unwind")
+BENCHES = (
+    "attach", "reader", "memory", "hit", "throughput", "standing", "listener", "captures", "analysis", "unwind",
+    "stacks", "watch",
+)  # fmt: skip
 WITHOUT_ROOT = {"analysis"}
 EXIT_UNABLE = 4
 

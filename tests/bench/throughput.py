@@ -91,13 +91,18 @@ def _rounds(
                 with attached(command, server.pid, functions) if command else nullcontext():
                     for load in LOADS:
                         requests = load.requests // (5 if quick else 1)
-                        speeds[tracer, load.name].append(_speed(server, load, requests))
+                        speeds[tracer, load.name].append(measure_speed(server, load, requests))
             except BenchError as error:
                 found.notes.append(f"{tracer}: {error}")
     return speeds
 
 
-def _speed(server: Server, load: Load, requests: int) -> Speed:
+def measure_speed(server: Server, load: Load, requests: int) -> Speed:
+    """Return what redis-benchmark and the kernel say of one round.
+
+    Raises:
+        BenchError: redis-benchmark failed.
+    """
     command = ["redis-benchmark", "-h", HOST, "-p", str(server.port), "-c", str(CLIENTS), "-n", str(requests), "--csv"]
     before_ns = _cpu_ns(server.pid)
     done = subprocess.run([*command, *load.options], capture_output=True, text=True, timeout=120)

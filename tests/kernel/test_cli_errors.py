@@ -74,7 +74,7 @@ def redis() -> Path:
 class TestMachine:
     def test_not_root(self, words: list[str]) -> None:
         done = stallscope(*words[:-1], "/dev/null", "--force", prefix=NOBODY)
-        assert_one_line(done, 4, "not root (uid 65534)", "run it with sudo")
+        assert_one_line(done, 4, "uid 65534 without CAP_BPF, CAP_PERFMON", "run it with sudo")
 
     def test_no_bcc(self, words: list[str], tmp_path: Path) -> None:
         """The distribution's bcc is covered by an empty folder, in a mount namespace of this command alone."""

@@ -158,7 +158,7 @@ class TestServers:
             watch.wait_until_it_says(f"process {first.pid} ({first.path.resolve()}) ended or was replaced")
             with running_server(successor, port=first.port) as second:
                 watch.wait_until_it_says(f"process {second.pid} ({second.path.resolve()}, port {first.port}) is traced")
-                stall(second)
+                stall(second, "0.5")
                 rows = watch.capture(0)
                 assert {target.pid: target.version for target in rows.manifest.targets}[second.pid] == successor
                 assert len(stalls_of(rows, second)) == 1
@@ -180,7 +180,7 @@ class TestServers:
             watch.wait_until_it_says(f"process {first.pid} ")
             with running_server("3.2.6") as second:
                 watch.wait_until_it_says(f"process {second.pid} ")
-                stall(second)
+                stall(second, "0.5")
                 until(
                     lambda: any(f"process {second.pid}" in line for line in watch.triggered()), "its stall is told of"
                 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from stallscope.tracer.capture.event_loop import LoopPlan
 from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, CallProbe, Program
 from stallscope.tracer.capture.redis_target import open_target
 from stallscope.tracer.capture.standstill import Span
@@ -47,6 +48,8 @@ class Watched:
 
     Attributes:
         rows: the watchdog's stalls; looks: when it looked; in_progress: what it said was in progress at each of them.
+        crons: when each call of serverCron returned, and after how many ms it wanted to be called again.
+        cpu_ns: CPU time of the thread.
     """
 
     watchdog: Watchdog
@@ -54,6 +57,7 @@ class Watched:
     rows: list[np.void] = field(default_factory=list)
     looks: list[int] = field(default_factory=list)
     in_progress: list[list[StallInProgress]] = field(default_factory=list)
+    crons: list[tuple[int, int]] = field(default_factory=list)
     cpu_ns: int = 0
 
     @property
@@ -61,6 +65,11 @@ class Watched:
         """Return the watchdog's stalls, in the order in which they began."""
         spans = [Span(int(row["start_ns"]), int(row["start_ns"]) + int(row["duration_ns"])) for row in list(self.rows)]
         return sorted(spans, key=lambda span: span.start_ns)
+
+    def still_ns(self) -> int:
+        """Return how long the stall lasts by now that is in progress, 0 when there is none."""
+        looks = list(zip(self.looks, self.in_progress, strict=False))[-1:]
+        return max((now_ns - stall.start_ns for now_ns, stalls in looks for stall in stalls), default=0)
 
     def looks_between(self, first_ns: int, second_ns: int) -> int:
         """Return how many looks there were strictly between two moments, whichever is first."""
@@ -87,7 +96,9 @@ def watched(pid: int, threshold_ns: int, *, cron: bool = True) -> Iterator[Watch
             if seen.cron is not None and now_ns >= next_read:
                 next_read = now_ns + CRON_READ_NS
                 calls = seen.cron.ring.read()
-                watchdog.take_crons(calls[np.argsort(calls["start_ns"])])
+                calls = calls[np.argsort(calls["start_ns"])]
+                watchdog.take_crons(calls)
+                seen.crons += [(int(row["start_ns"] + row["duration_ns"]), int(row["value"][2])) for row in calls]
             seen.cpu_ns = time.thread_time_ns()
             time.sleep(max(now_ns + watchdog.interval_ns - time.monotonic_ns(), 0) / 1e9)
 
@@ -110,9 +121,9 @@ def watched(pid: int, threshold_ns: int, *, cron: bool = True) -> Iterator[Watch
 
 
 @contextmanager
-def traced(pid: int, threshold_ns: int) -> Iterator[Program]:
-    """Have raw tracepoints see the same server's event loop: iterations that reach the threshold are in the ring."""
-    program = Program([], ring_bytes=RING_BYTES, min_duration_ns=0, iteration_min_ns=threshold_ns)
+def traced(pid: int, threshold_ns: int, plan: LoopPlan | None = None) -> Iterator[Program]:
+    """See the same server by raw tracepoints, or as planned: iterations that reach the threshold are in the ring."""
+    program = Program([], ring_bytes=RING_BYTES, min_duration_ns=0, iteration_min_ns=threshold_ns, loop_plan=plan)
     try:
         program.attach_loop()
         program.watch_loop(pid)

@@ -48,6 +48,13 @@ def test_analysis_is_pure(forbidden: str) -> None:
     assert not {place for place in importers(forbidden) if place.startswith("tracer/analysis/")}
 
 
+@pytest.mark.parametrize("forbidden", ["stallscope.tracer.capture", "pandas", "rich", "click", "bcc"])
+def test_the_live_window_is_pure_and_thin(forbidden: str) -> None:
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/live/")}
+    assert not {place for place in importers(forbidden) if place == "tracer/analysis/containment.py"}
+    assert {"tracer/live/stalls.py"} <= importers("stallscope.tracer.analysis.containment")
+
+
 @pytest.mark.parametrize("forbidden", ["stallscope.tracer.capture", "stallscope.tracer.analysis", "pandas", "click"])
 def test_reading_other_tools_needs_neither_capture_nor_analysis(forbidden: str) -> None:
     assert not {place for place in importers(forbidden) if place.startswith("tracer/imports/")}
@@ -69,7 +76,7 @@ def test_unwinding_takes_files_alone_from_capture() -> None:
     }
     files = {f"stallscope.tracer.capture.{module}" for module in ("binary", "elf", "symbol_table")}
     assert {module for _, module in taken} <= files
-    assert {place for place, _ in taken} <= {"code.py", "stubs.py"}
+    assert {place for place, _ in taken} <= {"cfi.py", "code.py", "stubs.py"}
 
 
 @pytest.mark.parametrize(

@@ -241,9 +241,13 @@ class TestSummary:
 
     def test_counts_what_was_lost(self, tmp_path: Path) -> None:
         builder = Builder(with_stacks()).sample(100, "serverCron")
-        sampled = summarise(analysed(builder, tmp_path, {STACK_ID: ProbeCounters(hits=4, sent=1, lost=3)})).sampled
-        assert sampled is not None
-        assert sampled.lost == 3
+        analysis = analysed(builder, tmp_path, {STACK_ID: ProbeCounters(hits=4, sent=1, lost=3)})
+        summary = summarise(analysis)
+        assert summary.sampled is not None
+        assert summary.sampled.lost == 3
+        assert any(line.startswith("stack samples: 3 of 4 were lost") for line in summary.warnings)
+        assert summary.losses == ()
+        assert findings(analysis, "losses") == []
 
     def test_is_not_there_where_none_were_to_be_taken(self) -> None:
         assert summarise(analyse(read_recording(DATA / "known-call.stall"))).sampled is None

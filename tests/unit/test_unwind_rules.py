@@ -11,10 +11,9 @@ import pytest
 
 from stallscope.tracer.capture.elf import ElfFile
 from stallscope.tracer.unwind import cfi
-from stallscope.tracer.unwind.cache import FORMAT, RuleCache
 from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.registers import REGISTER_COUNT, REGISTERS, RIP, RSP
-from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleSet, RuleTable, RuleTableBuilder
+from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleSet, RuleTableBuilder
 from stallscope.tracer.unwind.unwinder import MAX_FRAMES, Ended, Frame, Unwinder, UnwoundStacks
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="requires gcc")
@@ -43,8 +42,9 @@ def symbols(library: Path) -> dict[str, int]:
     return {line.split()[2]: int(line.split()[0], 16) for line in listing.splitlines() if " T " in line}
 
 
-def rules_of(table: RuleTable, address: int) -> dict[str, object]:
-    index = int(table.at(np.array([address], np.uint64))[0])
+def rules_of(rules: cfi.FrameRules, address: int) -> dict[str, object]:
+    index = int(rules.at(np.array([address], np.uint64))[0])
+    table = rules.table
     if index == NO_RULE:
         return {}
     registers = {
@@ -55,7 +55,7 @@ def rules_of(table: RuleTable, address: int) -> dict[str, object]:
     return {"cfa": (int(table.cfa_register[index]), int(table.cfa_value[index])), **registers}
 
 
-def table_of(library: Path) -> RuleTable:
+def table_of(library: Path) -> cfi.FrameRules:
     return CodeImage.from_file(str(library)).rules
 
 
@@ -172,7 +172,7 @@ def test_damaged_section_ends_its_stacks_and_says_so(tmp_path: Path) -> None:
 
 
 def test_no_section_no_rules() -> None:
-    table = cfi.decode(b"", 0)
+    table = cfi.FrameRules(b"", 0)
     assert table.at(np.array([0, 5], np.uint64)).tolist() == [NO_RULE, NO_RULE]
 
 
@@ -331,57 +331,56 @@ def test_names_of_addresses(tmp_path: Path) -> None:
     assert frames[0] == Frame("plain", "libhand.so", 2, process.code("plain"))
 
 
-def test_kept_rules_are_the_same(tmp_path: Path) -> None:
-    library = Path("/lib/x86_64-linux-gnu/libm.so.6")
+@pytest.mark.parametrize("name", ["libm.so.6", "ld-linux-x86-64.so.2"])
+def test_functions_one_by_one_are_the_same_as_all_at_once(name: str) -> None:
+    library = Path("/lib/x86_64-linux-gnu") / name
     if not library.exists():
         pytest.skip(f"requires {library}")
-    cache = RuleCache(tmp_path / "new" / "cache")
-    image = CodeImage.from_file(str(library))
-    assert cache.load(image.build_id) is None
-    decoded = image.decode()
-    cache.save(image.build_id, decoded)
-    kept = cache.load(image.build_id)
-    assert kept is not None
-    assert kept.expressions == decoded.expressions
-    for name in ("starts", "index", "cfa_register", "cfa_value", "kind", "value", "is_signal_frame"):
-        assert np.array_equal(getattr(kept, name), getattr(decoded, name)), name
-    assert [path.name for path in (tmp_path / "new" / "cache").iterdir()] == [f"{image.build_id}-{FORMAT}.npz"]
+    elf = ElfFile(str(library))
+    section, header = elf.by_name[".eh_frame"], elf.by_name[".eh_frame_hdr"]
+    content = elf.data(section)
+    index = cfi.read_index(elf.data(header), header.address, section.address)
+    assert index is not None
+    at_once = cfi.FrameRules(content, section.address)
+    one_by_one = cfi.FrameRules(content, section.address, index)
+    assert at_once.at(index.starts[:1]).tolist() != [NO_RULE]
+    # Every stretch of every tenth function, and the bytes around it.
+    starts = at_once.table.starts[np.searchsorted(at_once.table.starts, index.starts[::10])]
+    places = np.unique(np.concatenate([starts - 1, starts, starts + 1, starts + 20]))
+    for part in np.array_split(places, 5):
+        one_by_one.at(part)
+    first, second = at_once.at(places), one_by_one.at(places)
+    assert (first == NO_RULE).sum() == (second == NO_RULE).sum() < len(places) / 2
+    for name in ("cfa_register", "kind", "is_signal_frame"):
+        known = first != NO_RULE
+        assert np.array_equal(
+            getattr(at_once.table, name)[first[known]], getattr(one_by_one.table, name)[second[known]]
+        )
+    assert len(one_by_one.table.starts) < len(at_once.table.starts) / 2
 
 
-def test_what_was_kept_is_used_instead_of_decoding(tmp_path: Path) -> None:
-    library = assembled(tmp_path, PLAIN)
-    cache = RuleCache(tmp_path / "cache")
-    builder = RuleTableBuilder()
-    builder.add(5, 6, RuleSet((RBP, 48), ((RIP, Kind.OFFSET, -8),), False))
-    cache.save(CodeImage.from_file(str(library)).build_id, builder.build())
-    assert rules_of(CodeImage.from_file(str(library), cache=cache).rules, 5)["cfa"] == (RBP, 48)
+def test_stubs_without_rules_are_as_called_and_others_keep_theirs(tmp_path: Path) -> None:
+    library = assembled(tmp_path, PLAIN + function("stub", ".cfi_def_cfa_offset 24\nnop\nnop"))
+    elf, at = ElfFile(str(library)), symbols(library)
+    section = elf.by_name[".eh_frame"]
+    stubs = [(0x9000, 0x9010), (at["stub"], at["stub"] + 2)]
+    rules = cfi.FrameRules(elf.data(section), section.address, None, stubs)
+    numbers = rules.at(np.array([0x9000, 0x900F, at["stub"]], np.uint64))
+    assert rules.table.cfa_register[numbers].tolist() == [RSP, RSP, RSP]
+    assert rules.table.cfa_value[numbers].tolist() == [8, 8, 24]
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "register", "number", "world"])
-def test_damaged_or_foreign_cache_is_no_cache(tmp_path: Path, damage: str) -> None:
-    build_id = "ab" * 20
-    cache = RuleCache(tmp_path / "cache")
-    builder = RuleTableBuilder()
-    builder.add(5, 6, RuleSet((RSP, 8), ((RIP, Kind.OFFSET, -8), (R12, Kind.REGISTER, R10)), False))
-    table = builder.build()
-    if damage == "register":
-        table.value[0, R12] = 17
-    if damage == "number":
-        table.index[0] = 1
-    cache.save(build_id, table)
-    (path,) = (tmp_path / "cache").iterdir()
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-40])
-    if damage == "other":
-        path.write_text("not this")
-    if damage == "world":
-        (tmp_path / "cache").chmod(0o777)
-    assert cache.load(build_id) is None
-
-
-def test_build_id_is_no_path(tmp_path: Path) -> None:
-    cache = RuleCache(tmp_path / "cache")
-    for build_id in ("", "../../etc/passwd", "AB" * 20, "ab" * 20 + "/x"):
-        cache.save(build_id, RuleTableBuilder().build())
-        assert cache.load(build_id) is None
-    assert not (tmp_path / "cache").exists()
+def test_index_of_another_encoding_is_not_used() -> None:
+    whole = bytes([1, 0x1B, 3, 0x3B]) + (0).to_bytes(4, "little") + (2).to_bytes(4, "little") + bytes(16)
+    index = cfi.read_index(whole, 0x100, 0x80)
+    assert index is not None
+    assert (index.starts.tolist(), index.offsets.tolist()) == ([0x100, 0x100], [0x80, 0x80])
+    for damaged in (
+        b"",
+        whole[:3],
+        b"\2" + whole[1:],
+        whole[:3] + b"\x1b" + whole[4:],
+        whole[:-1],
+        whole[:8] + bytes(20),
+    ):
+        assert cfi.read_index(damaged, 0x100, 0x80) is None

@@ -29,7 +29,16 @@ from stallscope.tracer.analysis.stalls import loop_observed
 from stallscope.tracer.analysis.tables import Tables
 from stallscope.tracer.analysis.trees import TreeSummary, summarise_trees
 from stallscope.tracer.analysis.whatif import DEFAULT_BYTES, WhatIf, what_if
-from stallscope.tracer.manifest import ITERATION, DetailInfo, Manifest, Note, ProbeCounters, TargetInfo, TriggerInfo
+from stallscope.tracer.manifest import (
+    ITERATION,
+    STACK,
+    DetailInfo,
+    Manifest,
+    Note,
+    ProbeCounters,
+    TargetInfo,
+    TriggerInfo,
+)
 
 SUMMARY_VERSION = 1
 
@@ -228,10 +237,13 @@ def _losses(tables: Tables) -> tuple[Loss, ...]:
     counters = tables.recording.counters
     if counters is None:
         return ()
-    names = {probe.id: probe.name for probe in tables.manifest.probes}
+    # a sample that is lost is no event that is missing: SampleSummary counts it
+    names = {probe.id: probe.name for probe in tables.manifest.probes if probe.kind != STACK}
+    sampled = {probe.id for probe in tables.manifest.probes if probe.kind == STACK}
     losses = [
         Loss(names.get(probe, str(probe)), item.missing, item.unpaired, item.abandoned)
         for probe, item in sorted(counters.by_probe.items())
+        if probe not in sampled
     ]
     return tuple(loss for loss in losses if loss.lost or loss.unpaired or loss.abandoned)
 

@@ -44,6 +44,11 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
             lines.append(f"{function.name}: {function.unpaired:,} calls were under way when it was attached")
         if function.abandoned:
             lines.append(f"{function.name}: {function.abandoned:,} calls never returned (longjmp) and are left out")
+    if summary.sampled and summary.sampled.lost:
+        lines.append(
+            f"stack samples: {summary.sampled.lost:,} of {summary.sampled.lost + summary.sampled.samples:,} were lost, "
+            "unwinding did not keep up; use a lower --stack-rate, or --stacks=stalls"
+        )
     silent = ", ".join(function.name for function in summary.functions if function.counted and not function.hits)
     if silent:
         why = "not called, or inlined or bypassed: stallscope probes tells"

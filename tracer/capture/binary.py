@@ -122,6 +122,11 @@ class Binary:
     def _known(self) -> dict[str, list[Found]]:
         return {}
 
+    def forget(self) -> None:
+        """Let go of everything that was read, which is large; it is read again when it is asked for."""
+        for name in ("debug_file", "tables", "dwarf", "_callers", "_known", "_constants"):
+            self.__dict__.pop(name, None)
+
     def find(self, name: str) -> list[Found]:
         """Return the function with exactly this name and its clones, each address once."""
         if name not in self._known:
@@ -251,6 +256,11 @@ class ProcessImage:
                     self._opened[path] = self._open(path)
                 return self._opened[path]
         return None
+
+    def forget(self) -> None:
+        """Let go of everything that was read, which is large; it is read again when it is asked for."""
+        self.exe.forget()
+        self._opened.clear()
 
     def _open(self, path: str) -> Binary:
         mapping = self._mapped[path]

@@ -305,6 +305,8 @@ def _pmu(kind: str) -> tuple[int, int]:
 def _why_not(number: int, path: str, offset: int, pid: int) -> str:
     place = f"cannot attach a uprobe at {offset:#x} of {path} in process {pid}"
     if number in (errno.EACCES, errno.EPERM):
+        if not has_uprobe_links():
+            return f"{place}: not permitted; before Linux 6.10 that takes CAP_SYS_ADMIN: run as root"
         return f"{place}: not permitted; run as root or with CAP_BPF and CAP_PERFMON, and see kernel lockdown"
     if number == errno.ESRCH:
         return f"{place}: the process is gone"

@@ -70,6 +70,11 @@ def own_cpu_ns() -> int:
     return round((usage.ru_utime + usage.ru_stime) * 1e9)
 
 
+def own_memory_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
 def _file_and_offset(address: int) -> tuple[str, int] | None:
     """Return the file that is mapped at an address of this process, and the place in it."""
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():

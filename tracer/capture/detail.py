@@ -39,6 +39,7 @@ class DetailTier:
         self._is_wanted = always
         self._for: tuple[Firing, int] | None = None
         self._details: list[DetailInfo] = []
+        self._untold: list[int] = []
 
     @property
     def is_attached(self) -> bool:
@@ -49,6 +50,11 @@ class DetailTier:
     def details(self) -> tuple[DetailInfo, ...]:
         """Return when they were attached, oldest first, as far as a recording may need it."""
         return tuple(self._details)
+
+    def take_times(self) -> list[int]:
+        """Return ``late_ns`` of what was attached since the last call."""
+        times, self._untold = self._untold, []
+        return times[-_MAX_TIMES:]
 
     def want(self, firing: Firing, noticed_ns: int) -> None:
         """Attach them for a trigger, at once if that is possible."""
@@ -86,6 +92,7 @@ class DetailTier:
         self._details.append(DetailInfo(firing.time_ns, attached_ns, probes=probes, text=firing.trigger))
         self.attach_ns.append(attached_ns - noticed_ns)
         self.late_ns.append(attached_ns - firing.time_ns)
+        self._untold = [*self._untold[-_MAX_TIMES:], attached_ns - firing.time_ns]
         self._session.note(
             f"detail probes attached {format_duration_ns(attached_ns - noticed_ns)} after the trigger was noticed, "
             f"{format_duration_ns(attached_ns - firing.time_ns)} after its bound was passed"

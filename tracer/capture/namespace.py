@@ -79,7 +79,8 @@ def call_inside(pid: int, function: Callable[[], _T]) -> _T:
         failure = failures[0]
         if isinstance(failure, OSError):
             raise SurroundingsError(
-                f"cannot enter the network namespace of process {pid}: {failure.strerror}; run as root"
+                f"cannot enter the network namespace of process {pid}: {failure.strerror}; "
+                "that takes CAP_SYS_ADMIN: run as root"
             ) from failure
         raise failure
     return results[0]

@@ -16,6 +16,7 @@ from stallscope.probes.catalogue import Decoder
 from stallscope.tracer.capture.binary import Attachment
 from stallscope.tracer.capture.program import Program
 from stallscope.tracer.errors import SurroundingsError
+from stallscope.tracer.watch.priority import run_normally
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class _Detacher:
         self._thread.join()
 
     def _run(self) -> None:
+        run_normally()
         for release in iter(self._queue.get, None):
             release()
             self._done += 1

@@ -34,7 +34,7 @@ def open_unwinder(pid: int, known: dict[tuple[str, str], CodeImage] | None = Non
                 if image is None:
                     image = images[key] = _image(pid, path, start, end)
                 by_path[path] = image
-                _ = image.rules  # now, not when samples wait
+                _ = image.rules  # read now, decoded as stacks ask for them
             except StallscopeError as error:
                 failures.append(str(error))
         build_id = by_path[path].build_id if path in by_path else ""

@@ -96,6 +96,10 @@ def open_target(pid: int, *, any_program: bool = False) -> Target:
         raise TargetError(_no_process(pid)) from error
     try:
         exe_id = _exe_id(pid)
+        if exe_id is None and _is_hidden(pid):
+            raise TargetError(
+                f"process {pid} ({_name(pid)}) may not be looked into: CAP_SYS_PTRACE is missing; run as root"
+            )
         if exe_id is None:
             raise TargetError(
                 f"process {pid} ({_name(pid)}) has no program file that can be read; is it a kernel thread?"
@@ -247,6 +251,17 @@ def _exe_id(pid: int) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _is_hidden(pid: int) -> bool:
+    """Return whether the kernel does not let us look into a process (Linux proc(5), PTRACE_MODE_READ)."""
+    try:
+        os.stat(f"/proc/{pid}/exe")
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _allocator(image: ProcessImage) -> str:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_
 from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
+from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
 from stallscope.tracer.capture.reconcile import Moment, take_moment, with_end
 from stallscope.tracer.capture.redis_target import (
     Target,
@@ -294,6 +295,7 @@ class Session:
                 "kernel": platform.release(),
                 "machine": platform.machine(),
                 "cpus": str(os.cpu_count() or 0),
+                "cpu": _cpu_model(),
             },
             notes=tuple(self._traced.notes),
         )
@@ -336,8 +338,10 @@ class Session:
         progress = self.progress
         calls = [counter for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE]
         progress.calls = sum(counter.hits for counter in calls)
-        progress.hits = sum(counter.hits for counter in counters.values())
-        progress.lost = sum(counter.missing for counter in counters.values())
+        # a sample that is lost is no event that is missing
+        events = [counter for probe, counter in counters.items() if probe != STACK_PROBE]
+        progress.hits = sum(counter.hits for counter in events)
+        progress.lost = sum(counter.missing for counter in events)
         progress.overflows = self._sampler.overflows()
         progress.elapsed_ns = max(now_ns - self.started_ns, 1)
         progress.traced_share = progress.calls * self._call_cost_ns / progress.elapsed_ns
@@ -460,6 +464,15 @@ class Session:
             self._targets[pid] = replace(
                 info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()}
             )
+
+
+def _cpu_model() -> str:
+    """Return the model of the first CPU, "" where the kernel does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:

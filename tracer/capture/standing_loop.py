@@ -9,7 +9,8 @@ progress when the tracepoints are attached is handed over: it began when the wat
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +23,29 @@ from stallscope.tracer.layout import EVENT
 from stallscope.tracer.watch.evaluation import UnderWay
 
 _NEVER_NS = 2**63 - 1
+_REMEMBERED = 64
 _NOTHING: npt.NDArray[np.void] = np.zeros(0, EVENT)
 
 
 @dataclass(frozen=True)
 class _HandedOver:
-    """A stall whose end the tracepoints may or may not see: its thread, and when it began."""
+    """A stall that was over before the tracepoints could see its end: its thread, and when it began."""
 
     tid: int
     start_ns: int
+
+    def is_in(self, row: np.void) -> bool:
+        """Return whether an iteration that was found holds its beginning."""
+        start_ns = int(row["start_ns"])
+        return int(row["tid"]) == self.tid and start_ns <= self.start_ns <= start_ns + int(row["duration_ns"])
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """A time in which the tracepoints were attached."""
+
+    start_ns: int
+    end_ns: int = _NEVER_NS
 
 
 class StandingLoop:
@@ -42,8 +57,8 @@ class StandingLoop:
         self._watchdog = Watchdog(threshold_ns) if traced.is_loop_on_demand else None
         self._next_ns = 0
         self._in_progress: list[StallInProgress] = []
-        self._attached_ns = _NEVER_NS
-        self._not_ours: set[_HandedOver] = set()
+        self._exact: deque[_Exact] = deque(maxlen=_REMEMBERED)
+        self._not_ours: deque[_HandedOver] = deque(maxlen=_REMEMBERED)
         self._crons: tuple[int, ...] = ()
         self._are_crons_trusted = True
         if self._watchdog is not None:
@@ -77,11 +92,15 @@ class StandingLoop:
             return _NOTHING
         ended, self._in_progress = self._watchdog.sample(now_ns)
         self._next_ns = now_ns + self._watchdog.interval_ns
-        if not len(ended) or self._attached_ns == _NEVER_NS:
-            return ended
-        # the tracepoints see those that end while they are attached, but for those that were not handed over
-        left = np.array([_key(row) in self._not_ours for row in ended], bool)
-        return ended[left | (ended["start_ns"] + ended["duration_ns"] < self._attached_ns)]
+        kept = [not self._is_seen_exactly(row) for row in ended]
+        return ended if all(kept) else ended[np.array(kept, bool)]
+
+    def _is_seen_exactly(self, row: np.void) -> bool:
+        """Return whether the tracepoints saw the end of an iteration that the watchdog found (it tells later)."""
+        end_ns = int(row["start_ns"]) + int(row["duration_ns"])
+        if not any(time.start_ns <= end_ns <= time.end_ns for time in self._exact):
+            return False
+        return not any(stall.is_in(row) for stall in self._not_ours)
 
     def take(self, events: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Tell the watchdog of finished calls of serverCron; returns the events that are to be kept."""
@@ -94,7 +113,7 @@ class StandingLoop:
         if not self._not_ours:
             return events
         places = np.flatnonzero(events["probe"] == ITERATION_PROBE)
-        unwanted = [place for place in places if _key(events[place]) in self._not_ours]
+        unwanted = [place for place in places if _began(events[place]) in self._not_ours]
         return np.delete(events, unwanted) if unwanted else events
 
     def follow(self, cron_probes: tuple[int, ...]) -> None:
@@ -110,27 +129,30 @@ class StandingLoop:
 
     def under_way(self) -> list[UnderWay]:
         """Return the iterations that have not ended: those the tracepoints saw begin, and those that stand still."""
-        if self._watchdog is None or self._attached_ns != _NEVER_NS:
+        if self._watchdog is None or self._is_exact:
             return [UnderWay(tid, start_ns, tid) for tid, start_ns in self._traced.base.iterations_under_way()]
         return [UnderWay(stall.tid, stall.start_ns, stall.pid) for stall in self._in_progress]
 
     def attach(self) -> None:
         """Follow the event loops exactly from now on."""
-        if self._watchdog is None or self._attached_ns != _NEVER_NS:
+        if self._watchdog is None or self._is_exact:
             return
-        self._not_ours.clear()
         self._traced.attach_loop()
-        self._attached_ns = time.monotonic_ns()
+        self._exact.append(_Exact(time.monotonic_ns()))
         for stall in self._in_progress:
             self._traced.base.watch_loop(stall.tid, stall.start_ns)
             if not self._watchdog.is_still(stall.pid):
-                self._not_ours.add(_HandedOver(stall.tid, stall.start_ns))
+                self._not_ours.append(_HandedOver(stall.tid, stall.start_ns))
 
     def detach(self) -> None:
         """Go back to the watchdog."""
-        if self._watchdog is not None and self._attached_ns != _NEVER_NS:
-            self._attached_ns = _NEVER_NS
+        if self._watchdog is not None and self._is_exact:
+            self._exact[-1] = replace(self._exact[-1], end_ns=time.monotonic_ns())
             self._traced.detach_loop()
+
+    @property
+    def _is_exact(self) -> bool:
+        return bool(self._exact) and self._exact[-1].end_ns == _NEVER_NS
 
     def close(self) -> None:
         """Let go of all."""
@@ -138,5 +160,5 @@ class StandingLoop:
             self._watchdog.close()
 
 
-def _key(row: np.void) -> _HandedOver:
+def _began(row: np.void) -> _HandedOver:
     return _HandedOver(int(row["tid"]), int(row["start_ns"]))

@@ -2,8 +2,8 @@
 
 Every few milliseconds it looks into ``/proc/PID/task/TID``: ``syscall`` tells whether the thread waits for events,
 ``io`` counts its reads and writes (``syscr``, ``syscw``: every command that a client sends makes one of each), ``stat``
-tells a stopped process from one that waits. What that says about stalls is judged in ``standstill``. The server
-pays nothing; one look costs this process 10 to 15 us.
+tells a stopped process from one that waits, ``schedstat`` how long it wanted a CPU in vain. What that says about
+stalls is judged in ``standstill``. The server pays nothing; a look costs this process 15 us, some 60 on a busy machine.
 
 A second witness is serverCron, probed at its entry and return (``hz`` times a second): it shows the iteration that
 reads and writes all the time and yet takes too long, because serverCron then comes too late, and it tells a loop that
@@ -37,7 +37,7 @@ from stallscope.tracer.layout import EVENT, NO_STACK
 from stallscope.tracer.manifest import ITERATION, ProbeInfo
 from stallscope.tracer.units import format_duration_ns
 
-SAMPLED_FIELDS = (Field("run_delay_ns", "ns it was ready to run and got no CPU, at least", 2),)
+SAMPLED_FIELDS = (Field("run_delay_ns", "ns it was ready to run and got no CPU", 2),)
 """What the values of a sampled iteration mean; how many clients were ready nobody knows."""
 
 _LOOKS_PER_STALL = 10
@@ -49,6 +49,7 @@ _MAX_SHARE = 0.01
 _NICENESS = -20
 _FEWEST_LOOKS_PER_STALL = 3
 _CRONS_KEPT = 64
+_DELAYS_KEPT = 1024
 _CRON_PATIENCE_NS = 2_000_000_000
 """A stall is handed over once serverCron has been called after it, or after this time at the latest."""
 
@@ -77,11 +78,12 @@ class _Loop:
     files: dict[str, int]
     standstill: Standstill
     io: bytes = b""
-    delay_ns: int = -1
     crons: deque[Span] = field(default_factory=lambda: deque(maxlen=_CRONS_KEPT))
     period_ns: int = 0
     ended: list[Span] = field(default_factory=list)
-    delays: dict[Span, int] = field(default_factory=dict)
+    looked_ns: int = 0
+    delay_ns: int = 0
+    delays: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=_DELAYS_KEPT))
 
     def look(self) -> tuple[bool, bool]:
         """Return whether it waits for events, and whether it has read or written since the last look."""
@@ -91,9 +93,17 @@ class _Loop:
         waits = os.pread(self.files["syscall"], 8, 0).startswith(_WAITING) and (moved or not self._is_stopped())
         return waits, moved
 
-    def run_delay_ns(self) -> int:
-        """Return how long it has ever been ready to run and without a CPU."""
-        return int(os.pread(self.files["schedstat"], 96, 0).split()[1])
+    def look_at_run_delay(self, now_ns: int) -> None:
+        """Keep how long it was ready to run and without a CPU since the last look."""
+        delay_ns = int(os.pread(self.files["schedstat"], 96, 0).split()[1])
+        if self.looked_ns and delay_ns != self.delay_ns:
+            self.delays.append((self.looked_ns, now_ns, delay_ns - self.delay_ns))
+        self.looked_ns, self.delay_ns = now_ns, delay_ns
+
+    def run_delay_ns(self, span: Span) -> int:
+        """Return how long of a span that was: the delays that ended in it or at the first look after it."""
+        within = [delay for since, until, delay in self.delays if until > span.start_ns and since < span.end_ns]
+        return min(sum(within), span.duration_ns)
 
     def _is_stopped(self) -> bool:
         text = os.pread(self.files["stat"], 64, 0)
@@ -244,11 +254,7 @@ class Watchdog:
             span = self._longest_iteration(loop, span)
             if span.duration_ns >= self.threshold_ns:
                 loop.ended.append(span)
-                loop.delays[span] = min(loop.run_delay_ns() - loop.delay_ns, span.duration_ns)
-        if waits or moved:
-            loop.delay_ns = -1
-        elif loop.delay_ns < 0:
-            loop.delay_ns = loop.run_delay_ns()
+        loop.look_at_run_delay(now_ns)
         return self._ready_rows(loop, now_ns) if loop.ended else []
 
     def _ready_rows(self, loop: _Loop, now_ns: int) -> list[npt.NDArray[np.void]]:
@@ -265,8 +271,7 @@ class Watchdog:
             row = np.zeros(1, EVENT)
             row["start_ns"], row["duration_ns"] = span.start_ns, span.duration_ns
             row["pid"], row["tid"], row["probe"], row["stack"] = loop.pid, loop.tid, ITERATION_PROBE, NO_STACK
-            of_it = [part for part in loop.delays if span.start_ns <= part.start_ns and part.end_ns <= span.end_ns]
-            row["value"][0, 2] = sum(loop.delays.pop(part) for part in of_it)
+            row["value"][0, 2] = loop.run_delay_ns(span)
             rows.append(row)
         loop.ended = waiting
         return rows
@@ -286,8 +291,8 @@ class Watchdog:
 
 def _has_io_threads(tasks: Path) -> bool:
     """Return whether a server has threads that read and write for its event loop (Redis 6, Valkey: io_thd_1...)."""
-    for task in tasks.iterdir():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for task in tasks.iterdir():
             if (task / "comm").read_text(encoding="utf-8", errors="replace").startswith("io_thd"):
                 return True
     return False

@@ -18,12 +18,14 @@ import numpy.typing as npt
 from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target
+from stallscope.tracer.capture.ring import give_memory_back
 from stallscope.tracer.capture.session import Session, SessionOptions
 from stallscope.tracer.capture.standing_loop import StandingLoop
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, Note
 from stallscope.tracer.watch.evaluation import UnderWay
 from stallscope.tracer.watch.preroll import Boundary
+from stallscope.tracer.watch.priority import run_normally
 
 _DISCOVER_NS = 500_000_000
 _PRUNE_NS = 5_000_000_000
@@ -66,7 +68,7 @@ class WatchedSession(Session):
         self._loop: StandingLoop | None = None
         self._ports = set(options.ports)
         self._discovery = Discovery()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="arrivals")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="arrivals", initializer=run_normally)
         self._arrivals: list[_Arrival] = []
         self._refused: dict[int, None] = {}
         self._log: deque[Note] = deque()
@@ -228,6 +230,7 @@ class WatchedSession(Session):
             except BaseException:
                 target.close()
                 raise
+            target.image.forget()
             self._ports |= set(sorted(listening_ports(pid))[:1])
         now_ns = time.monotonic_ns()
         self._discover(now_ns)
@@ -276,6 +279,8 @@ class WatchedSession(Session):
         except BaseException:
             target.close()
             raise
+        target.image.forget()
+        give_memory_back()
         return target
 
     def _welcome(self) -> None:

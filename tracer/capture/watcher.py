@@ -11,20 +11,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from stallscope.probes import catalogue
-from stallscope.tracer.capture.cost import own_cpu_ns
+from stallscope.tracer.capture.cost import own_cpu_ns, own_memory_bytes
 from stallscope.tracer.capture.detail import DetailTier
 from stallscope.tracer.capture.guard import OverheadGuard
 from stallscope.tracer.capture.program import FIRST_CALL_PROBE
 from stallscope.tracer.capture.session import SessionOptions
 from stallscope.tracer.capture.traced import TraceOptions, requested_functions
+from stallscope.tracer.capture.watchdog import Watchdog
 from stallscope.tracer.capture.watched import WatchedSession
 from stallscope.tracer.errors import UsageError
 from stallscope.tracer.manifest import Manifest
 from stallscope.tracer.recording import joined_events
 from stallscope.tracer.units import format_count, format_duration_ns
-from stallscope.tracer.watch.aftercare import Aftercare
+from stallscope.tracer.watch.aftercare import VERDICT, Aftercare
 from stallscope.tracer.watch.captures import STARTED, SUPPRESSED, Captures, lost_events
 from stallscope.tracer.watch.evaluation import Firing, TriggerState
 from stallscope.tracer.watch.folder import CaptureFolder
@@ -32,6 +35,9 @@ from stallscope.tracer.watch.options import DETAIL_ALWAYS, WatchOptions, reloade
 from stallscope.tracer.watch.preroll import Boundary, Preroll
 from stallscope.tracer.watch.triggers import STALL, functions_of, shortest_ns
 from stallscope.tracer.watch.writer import Finished
+
+if TYPE_CHECKING:
+    from stallscope.tracer.watch.metrics import WatchMetrics
 
 CHUNK_NS = 500_000_000
 """How often the counters are read; a capture begins at such a moment."""
@@ -123,7 +129,7 @@ class Watcher:
         for text in self._folder.recovered:
             self._session.note(f"left by an earlier watch: {text}")
         begin = self._session.boundary()
-        self._aftercare = Aftercare(options.command, report=options.report, command_ns=options.command_ns)
+        self._aftercare = Aftercare(options.command, report=options.report, command_ns=options.command_ns, verdict=True)
         self._preroll = Preroll(options.before_ns, options.memory_bytes, begin)
         self._captures = Captures(options.capture, self._folder, self._preroll)
         self._triggers = TriggerState(options.triggers)
@@ -131,6 +137,7 @@ class Watcher:
         self._detail = DetailTier(
             self._session, always=options.detail == DETAIL_ALWAYS, keep_ns=options.before_ns + options.longest_ns
         )
+        self._metrics = self._serve_metrics()
         self._guard = OverheadGuard(self._session, self._detail, begin)
         self._spent: deque[_Spent] = deque()
         self._next_look_ns = 0
@@ -140,6 +147,21 @@ class Watcher:
         self._keep_spent(begin)
         self._learn()
         self._detail.settle()
+
+    def _serve_metrics(self) -> WatchMetrics | None:
+        """Begin to serve metrics where they are asked for."""
+        if self.options.metrics is None:
+            return None
+        from stallscope.tracer.watch.metrics import WatchMetrics  # needs memory that nobody else does
+
+        metrics = WatchMetrics(version("stallscope"), self.options.triggers)
+        try:
+            metrics.serve(*self.options.metrics)
+        except BaseException:
+            self._session.close()
+            self._folder.close()
+            raise
+        return metrics
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -157,6 +179,7 @@ class Watcher:
 
     def run(self) -> WatchTotals:
         """Watch until ``stop`` is called; a capture under way is finished then. Returns what was done."""
+        Watchdog.run_first()
         try:
             self._say_notes()
             while not self._is_stopped:
@@ -173,6 +196,8 @@ class Watcher:
 
     def close(self) -> None:
         """Detach and free everything; may be called more than once."""
+        if self._metrics is not None:
+            self._metrics.close()
         self._aftercare.close(0)
         self._session.close()
         self._folder.close()
@@ -185,10 +210,14 @@ class Watcher:
             return  # most of the time nothing has happened since the last look, some milliseconds ago
         self._next_look_ns = now_ns + _LOOK_NS
         events = joined_events(rows) if rows else _NO_EVENTS
+        now_ns = time.monotonic_ns()  # to take up a server takes its time
         firings = self._triggers.observe(events, now_ns, under_way, self._lost)
         if firings and self._captures.accepts(now_ns):
             self._detail.want(firings[0], now_ns)  # before anything else is done
         self._captures.add(events)
+        if self._metrics is not None:
+            self._metrics.observe(events)
+            self._metrics.fired(firings)
         if firings or self._captures.is_capturing:
             self._capture(firings, now_ns)
         if now_ns >= self._next_chunk_ns or self._preroll.is_filling:
@@ -218,6 +247,7 @@ class Watcher:
         self._captures.close_chunk(boundary, self._with_details(self._manifest))
         self._tell_finished()
         self._tell_results()
+        self._tell_metrics(boundary)
         if self._is_reload_wanted:
             self._is_reload_wanted = False
             self._reload()
@@ -230,6 +260,8 @@ class Watcher:
         ):
             self._triggers.follow(self._manifest)
             self._preroll.follow(self._manifest)
+        if self._metrics is not None and before != self._manifest:
+            self._metrics.follow(self._manifest, time.monotonic_ns())
 
     def _with_details(self, manifest: Manifest) -> Manifest:
         return replace(manifest, details=self._detail.details)
@@ -298,9 +330,35 @@ class Watcher:
         for note in self._session.take_notes():
             self._say(note.text)
 
+    def _tell_metrics(self, boundary: Boundary) -> None:
+        if self._metrics is None:
+            return
+        self._metrics.counters(boundary.counters)
+        self._metrics.queues(self._triggers.queues)
+        self._metrics.own(
+            cpu_ns=self.totals.own_cpu_ns,
+            memory_bytes=own_memory_bytes(),
+            share=self._guard.share,
+            limit=self.options.max_overhead,
+            preroll_bytes=self._preroll.bytes,
+            preroll_dropped=self._preroll.dropped,
+        )
+        for took_ns in self._detail.take_times():
+            self._metrics.detail(attached=self._detail.is_attached, took_ns=took_ns)
+        self._metrics.detail(attached=self._detail.is_attached)
+
     def _tell_finished(self) -> None:
         totals = self.totals
-        for finished in self._captures.take_finished():
+        ended = self._captures.take_finished()
+        if self._metrics is not None:
+            self._metrics.captures(
+                ended,
+                self._folder.kept(),
+                self._captures.suppressed,
+                time.time_ns(),
+                capturing=self._captures.is_capturing,
+            )
+        for finished in ended:
             self._say(_described(finished))
             self._aftercare.submit(finished)
             if finished.complete:
@@ -314,9 +372,14 @@ class Watcher:
         totals.elapsed_ns = time.monotonic_ns() - totals.started_ns
 
     def _tell_results(self) -> None:
-        for result in self._aftercare.take_results():
-            if not (result.ok and result.step == "report"):
+        results = self._aftercare.take_results()
+        for result in results:
+            if result.step == VERDICT:
+                self._say(f"{result.capture.name}: {result.text}")
+            elif not result.ok or result.step == "exec":
                 self._say(f"{result.capture.name}: {result.step} {result.text}")
+        if self._metrics is not None:
+            self._metrics.aftercare(result for result in results if result.step != VERDICT)
 
 
 def trace_options(options: WatchOptions) -> TraceOptions:

@@ -56,8 +56,9 @@ def _flag(name: str, text: str) -> Callable[[_Command], _Command]:
 @_option("exec-timeout", "TIME", "And kill it after so long; 1m if not given.")
 @_flag("report", "Draw the page of each capture beside it.")
 @_option("max-overhead", "SHARE", "Most that probes may take of a server's time; 1% if not given.")
+@_option("metrics", "[ADDR:]PORT", "Answer Prometheus there.")
 @_option("sample", "TIME", "Interval of the accept queue samples; 20ms if not given.")
-@_option("ring-size", "SIZE", "Ring buffer between kernel and watch; 8M if not given.")
+@_option("ring-size", "SIZE", "Ring buffer between kernel and watch; 2M if not given.")
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path),
               help="TOML file with the same names; SIGHUP reads it again.")  # fmt: skip
 def watch(config: Path | None, **given: Any) -> None:

@@ -1,11 +1,12 @@
 """The code of a process: which files are mapped where, and each file's unwind rules and function names.
 
-The only module here that knows files. Rules are made once for each build-id.
+The only module here that knows files. Rules are decoded once for each build-id.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,11 @@ from pathlib import Path
 from stallscope.tracer.capture.binary import Binary
 from stallscope.tracer.capture.elf import ElfFile, Section, reading
 from stallscope.tracer.capture.symbol_table import SymbolTable
-from stallscope.tracer.unwind import cfi
-from stallscope.tracer.unwind.cache import RuleCache
-from stallscope.tracer.unwind.rules import RuleTable
+from stallscope.tracer.unwind.cfi import FrameRules, read_index
 from stallscope.tracer.unwind.stubs import stub_names, stub_sections
 
-_rules_by_build_id: dict[str, RuleTable] = {}
+_rules_by_build_id: dict[str, FrameRules] = {}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,27 @@ class CodeImage:
         build_id: GNU build-id as hexadecimal digits, or empty.
     """
 
-    def __init__(self, name: str, elf: ElfFile, tables: Sequence[SymbolTable], cache: RuleCache | None = None) -> None:
+    def __init__(self, name: str, elf: ElfFile, tables: Sequence[SymbolTable]) -> None:
         self.name = name
         self.build_id = elf.build_id
         self._elf = elf
         self._tables = tables
-        self._cache = cache
         self._functions: dict[int, Function] = {}
 
     @classmethod
-    def from_file(cls, path: str, *, seen_as: str = "", root: str = "", cache: RuleCache | None = None) -> CodeImage:
+    def from_file(cls, path: str, *, seen_as: str = "", root: str = "") -> CodeImage:
         """Return the image of a file, named also by its separate debug file.
 
         Args:
             path: what to open.
             seen_as: its path inside ``root``, where that differs.
             root: ``/proc/PID/root`` of the process that has it mapped, or empty.
-            cache: where its unwind rules are kept, None to decode them anew in each process.
 
         Raises:
             SymbolError: it cannot be read or is no ELF file of x86-64.
         """
         binary = Binary(path, seen_as=seen_as, root=root)
-        return cls(binary.name, binary.elf, binary.tables, cache)
+        return cls(binary.name, binary.elf, binary.tables)
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> CodeImage:
@@ -93,37 +91,28 @@ class CodeImage:
         return cls(Path(name).name, elf, [table for table in tables if table is not None])
 
     @cached_property
-    def rules(self) -> RuleTable:
-        """The unwind rules, empty when the file has none.
-
-        Decoded at the first use, about a second for a file of the size of libc, unless a file with this build-id
-        was before.
+    def rules(self) -> FrameRules:
+        """The unwind rules, shared by all images with this build-id.
 
         Raises:
-            SymbolError: .eh_frame is damaged.
+            SymbolError: the sections that hold them cannot be read.
         """
-        known = _rules_by_build_id.get(self.build_id)
-        if known is None and self._cache is not None:
-            known = self._cache.load(self.build_id)
-        if known is None:
-            known = self.decode()
-            if self._cache is not None:
-                self._cache.save(self.build_id, known)
-        if self.build_id:
-            _rules_by_build_id[self.build_id] = known
-        return known
+        with _lock:
+            known = _rules_by_build_id.get(self.build_id)
+            if known is None:
+                known = self.undecoded_rules()
+                if self.build_id:
+                    _rules_by_build_id[self.build_id] = known
+            return known
 
-    def decode(self) -> RuleTable:
-        """Return the unwind rules, read from the file itself; see :attr:`rules`.
-
-        Raises:
-            SymbolError: .eh_frame is damaged.
-        """
-        section = self._elf.by_name.get(".eh_frame")
+    def undecoded_rules(self) -> FrameRules:
+        """Return the unwind rules as for the first use; see :attr:`rules`."""
+        frames, header = self._elf.by_name.get(".eh_frame"), self._elf.by_name.get(".eh_frame_hdr")
         stubs = [(stub.address, stub.address + stub.size) for stub in self._stub_sections]
-        with reading(self._elf.shown):
-            content = self._elf.data(section) if section is not None else b""
-            return cfi.decode(content, section.address if section is not None else 0, stubs)
+        content = self._elf.data(frames) if frames is not None else b""
+        address = frames.address if frames is not None else 0
+        index = read_index(self._elf.data(header), header.address, address) if header is not None else None
+        return FrameRules(content, address, index, stubs)
 
     def code_address(self, file_offset: int) -> int:
         """Return the virtual address, in this file, of the code at an offset of the file.

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stallscope.tracer.errors import SymbolError
+from stallscope.tracer.unwind.cfi import FrameRules
 from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.expressions import evaluate
 from stallscope.tracer.unwind.registers import REGISTER_COUNT, RIP, RSP
-from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleTable, RuleTableBuilder
+from stallscope.tracer.unwind.rules import NO_RULE, Kind, RuleTable
 
 MAX_FRAMES = 128
 """Frames kept of one stack; the kernel's own limit is 127 (perf_event_max_stack)."""
@@ -89,11 +90,7 @@ class Frame:
 
 
 class Unwinder:
-    """The mapped code of one process.
-
-    Attributes:
-        problems: one line for each file whose rules turned out to be damaged; its frames end as Ended.NO_RULE.
-    """
+    """The mapped code of one process."""
 
     def __init__(self, mappings: Sequence[CodeMapping], images: Mapping[str, CodeImage]) -> None:
         """Keep what is mapped where.
@@ -103,8 +100,8 @@ class Unwinder:
                 file replaced since), ends a stack as Ended.NO_RULE.
             images: by path.
         """
-        self.problems: list[str] = []
-        self._tables: dict[int, RuleTable] = {}
+        self._unreadable: list[str] = []
+        self._frame_rules: dict[int, FrameRules] = {}
         self._mappings = sorted(mappings, key=lambda mapping: mapping.start)
         self._starts = np.array([mapping.start for mapping in self._mappings], np.uint64)
         self._ends = np.array([mapping.end for mapping in self._mappings], np.uint64)
@@ -175,7 +172,7 @@ class Unwinder:
         return np.where(is_inside, index, -1)
 
     def rules_at(self, places: Words) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Return for each address the index of its mapping, and its set of rules in that mapping's table.
+        """Return for each address the index of its mapping, and the number of its set of rules in that table.
 
         Both are -1 where there is none.
         """
@@ -183,21 +180,36 @@ class Unwinder:
         rules = np.full(len(places), NO_RULE, np.int32)
         for index in np.unique(mapped[mapped >= 0]):
             here = mapped == index
-            rules[here] = self.table(int(index)).at(places[here] + self._shifts[index])
+            rules[here] = self._rules(int(index)).at(places[here] + self._shifts[index])
         return mapped, rules
 
     def table(self, index: int) -> RuleTable:
-        """Return the unwind rules of a mapping; none when it has no image or its rules cannot be read."""
-        table = self._tables.get(index)
-        if table is None:
+        """Return the unwind rules of a mapping, as far as :meth:`rules_at` was asked for them."""
+        return self._rules(index).table
+
+    def _rules(self, index: int) -> FrameRules:
+        """Return the rules of a mapping; none when it has no image or its rules cannot be read."""
+        rules = self._frame_rules.get(index)
+        if rules is None:
             image = self._images[index]
-            table = RuleTableBuilder().build()
+            rules = FrameRules(b"", 0)
             try:
-                table = image.rules if image is not None else table
+                rules = image.rules if image is not None else rules
             except SymbolError as error:
-                self.problems.append(str(error))
-            self._tables[index] = table
-        return table
+                self._unreadable.append(str(error))
+            self._frame_rules[index] = rules
+        return rules
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each file whose rules are damaged; frames in such a function end as Ended.NO_RULE."""
+        damaged = {
+            self._mappings[index].path: rules.damaged for index, rules in self._frame_rules.items() if rules.damaged
+        }
+        return self._unreadable + [
+            f"cannot unwind {count} functions of {path}: damaged .eh_frame; reinstall the package"
+            for path, count in damaged.items()
+        ]
 
 
 class _Walk:

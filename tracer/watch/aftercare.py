@@ -30,10 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from stallscope.tracer.units import format_duration_ns
+from stallscope.tracer.watch.priority import run_normally
 from stallscope.tracer.watch.writer import Finished
 
 ANALYSIS_NS = 300_000_000_000
 """Time limit of the analysis and of the page: they are slow on large captures, and never hang."""
+
+VERDICT = "verdict"
+"""The step whose result is the capture's verdict, a sentence or two."""
 
 MAX_WAITING = 8
 """Captures that wait for their turn; of more the oldest are passed over, and this is told."""
@@ -63,12 +67,16 @@ class AfterResult:
 class Aftercare:
     """Runs these steps in the background."""
 
-    def __init__(self, command: str = "", *, report: bool = False, command_ns: int = 60_000_000_000) -> None:
-        """Begin with nothing to do; all three may be changed later, for the captures that follow.
+    def __init__(
+        self, command: str = "", *, report: bool = False, command_ns: int = 60_000_000_000, verdict: bool = False
+    ) -> None:
+        """Begin with nothing to do; all of this may be changed later, for the captures that follow.
 
         Args:
             command: for /bin/sh, "" for none; command_ns: its time limit. report: draw a page.
+            verdict: tell each capture's verdict, as the result of a step of this name.
         """
+        self.verdict = verdict
         self.command = command
         self.report = report
         self.command_ns = command_ns
@@ -82,7 +90,7 @@ class Aftercare:
 
     def submit(self, capture: Finished) -> None:
         """Have everything done for a capture; returns at once."""
-        if capture.path is None or not (self.command or self.report):
+        if capture.path is None or not (self.command or self.report or self.verdict):
             return
         with self._condition:
             if len(self._waiting) >= MAX_WAITING:
@@ -118,6 +126,7 @@ class Aftercare:
             self._thread.join(5.0)
 
     def _work(self) -> None:
+        run_normally()
         while True:
             with self._condition:
                 self._is_busy = False
@@ -137,13 +146,18 @@ class Aftercare:
         if page is not None:
             ok, _ = self._stallscope(path, "report", [str(path), "-o", str(page)])
             page = page if ok else None
-        if not self.command:
+        if not (self.command or self.verdict):
             return
         ok, output = self._stallscope(path, "summary", ["--json", str(path)])
         summary: dict[str, Any] | None = None
         if ok:
             with suppress(ValueError):
                 summary = json.loads(output)
+        if self.verdict and summary is not None:
+            with self._condition:
+                self._results.append(AfterResult(path, VERDICT, True, str(summary.get("verdict")), 0))
+        if not self.command:
+            return
         document = {
             "capture": str(path),
             "complete": capture.complete,

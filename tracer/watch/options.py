@@ -124,7 +124,7 @@ class WatchOptions:
     max_overhead: float = 0.01
     metrics: tuple[str, int] | None = None
     sample_ns: int = 20_000_000
-    ring_bytes: int = 8 * 2**20
+    ring_bytes: int = 2 * 2**20
 
     @property
     def capture(self) -> CaptureOptions:

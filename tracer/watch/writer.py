@@ -16,6 +16,7 @@ from stallscope.tracer.manifest import Counters, Manifest, Note, TriggerInfo
 from stallscope.tracer.recording import RecordingWriter, joined_events
 from stallscope.tracer.units import format_count
 from stallscope.tracer.watch.folder import CaptureFolder, Place
+from stallscope.tracer.watch.priority import run_normally
 
 _WRITE_ROWS = 32_768
 """Rows are written in batches of about so many."""
@@ -102,6 +103,7 @@ class CaptureWriter(threading.Thread):
 
     def run(self) -> None:
         """Write until the end, then give the file its name."""
+        run_normally()
         error = ""
         final = self._manifest
         try:
