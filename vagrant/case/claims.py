@@ -139,6 +139,27 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "the larger backlog holds a shorter storm: nobody is refused, and clients give up all the same",
+        ("shorter", "shorter-backlog"),
+        lambda document: (
+            min(_all(document, "shorter", "refused")) > 0
+            and max(_all(document, "shorter-backlog", "refused")) == 0
+            and min(_all(document, "shorter-backlog", "reply_timeouts")) > 0
+        ),
+    ),
+    Claim(
+        "with the patch the longest PING is not shorter",
+        ("small", "small-patched"),
+        lambda document: _median(document, "small-patched", "ping_max_ms") >= _median(document, "small", "ping_max_ms"),
+    ),
+    Claim(
+        "in no recording of the newest server there was an overflow or a stall of 100 ms",
+        ("upgrade-5",),
+        lambda document: (
+            max(_all(document, "upgrade-5", "refused")) == 0 and max(_all(document, "upgrade-5", "worst_ns")) < 100e6
+        ),
+    ),
+    Claim(
         "the patched server refuses connections in every run of the storm of large buffers, and stalls as long",
         ("baseline", "patched"),
         lambda document: (

@@ -193,6 +193,10 @@ def change(found: Json | None) -> str:
 def _ratio(ratio: float) -> str:
     if ratio >= 3:
         return f"{_three(ratio)} times"
-    if 0 < ratio < 0.001:
+    if ratio == 0:
+        return "-100%"
+    if ratio == 1:
+        return "no change"
+    if ratio < 0.001:
         return "< -99.9%"
     return f"{(ratio - 1) * 100:+.{1 if ratio < 0.1 else 0}f}%"

@@ -27,10 +27,7 @@ def render(document: Mapping[str, Any], template: Path = TEMPLATE) -> str:
     Raises:
         CaseError: the template has a typed figure, names what was not measured, or says what is not so in this run.
     """
-    text = template.read_text(encoding="utf-8")
-    if typed := typed_figures(text):
-        line, words = typed[0]
-        raise CaseError(f"{template.name}:{line} has a typed figure: {words}; take it from the run's document")
+    text = read_template(template)
     if untrue := failing(document):
         raise CaseError(f"in this run it is not so that {untrue[0]}; change the prose of {template.name} and claims.py")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -49,6 +46,19 @@ def render(document: Mapping[str, Any], template: Path = TEMPLATE) -> str:
             f"{template.name} needs what was not measured: {error}; run vagrant/case/run.py first"
         ) from None
     return re.sub(r"\n{3,}", "\n\n", written)
+
+
+def read_template(template: Path = TEMPLATE) -> str:
+    """Return the template's text.
+
+    Raises:
+        CaseError: a figure is typed in it.
+    """
+    text = template.read_text(encoding="utf-8")
+    if typed := typed_figures(text):
+        line, words = typed[0]
+        raise CaseError(f"{template.name}:{line} has a typed figure: {words}; take it from the run's document")
+    return text
 
 
 def typed_figures(template: str) -> list[tuple[int, str]]:
