@@ -34,7 +34,7 @@ from case.columns import SMALL, STORM, transposed
 from case.examine import draw, examine
 from case.record import home, record_missing, runs_of
 from case.steps import Steps, Variant, load_steps
-from case.study import PICTURES, render
+from case.study import PICTURES, read_template, render
 
 DOCUMENT = "run.json"
 STUDY = "CASE-STUDY.md"
@@ -104,6 +104,7 @@ def _examined(steps: Steps) -> dict[str, Any]:
 
 
 def _write(steps: Steps, options: argparse.Namespace) -> None:
+    read_template()  # refused before everything is asked again
     document = json.loads((PROJECT / PICTURES / DOCUMENT).read_text()) if options.again else _examined(steps)
     (PROJECT / STUDY).write_text(render(document), encoding="utf-8")
     _note(f"wrote {STUDY}, {PICTURES}/{DOCUMENT} and {len(document['pictures'])} pictures")
