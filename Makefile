@@ -3,6 +3,8 @@
 #   make test    every test this kernel allows; what is skipped is listed with its reason
 #   make lint    ruff, mypy, clang-format
 #   make bench   the figures of README's "What it costs", beside their peers
+#   make statistics   how often diff and verify are wrong, against simulated truth
+#   make case    the incident's story again: recordings of all variants, their table, CASE-STUDY.md
 #   make vm      the test machine with kernel probes (vagrant/); make test-vm runs the kernel tests in it
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
@@ -16,7 +18,7 @@ VM_PACKAGES := mmdebstrap qemu-system-x86 e2fsprogs
 # What opens the exports and the page, and makes captures; node may have come another way than from Debian.
 NODE_PACKAGES := $(if $(shell command -v node),,nodejs) $(if $(shell command -v npm),,npm)
 TEST_PACKAGES := $(DEMO_PACKAGES) patch binutils xz-utils iproute2 redis-server redis-tools util-linux \
-	tcpdump tshark chromium gnumeric $(NODE_PACKAGES)
+	gdb tcpdump tshark chromium gnumeric prometheus systemd $(NODE_PACKAGES)
 
 .PHONY: demo test lint bench setup format clean
 demo: setup
@@ -65,5 +67,7 @@ clean:
 	rm -rf .venv .cache build *.egg-info
 
 include tests/bench/bench.mk
+include tests/statistics/statistics.mk
 include vagrant/vm.mk
+include vagrant/case/case.mk
 vm: setup vm-packages

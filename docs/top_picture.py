@@ -2,7 +2,7 @@
 """Draws docs/top.svg: what ``stallscope top`` shows of the lab's incident, as a terminal shows it.
 
 The command runs on a pseudo-terminal beside the lab's server and load; pyte interprets what it writes, and
-rich draws the screen as it stands a second after the worst stall is listed, or, with --blocked, during it.
+rich draws the screen as it stands once the worst stall is one of trims, in which connections were refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lab.server import running_server  # noqa: E402
 from screen import on_screen  # noqa: E402
 from tracing import STALLSCOPE, until  # noqa: E402
 
-REFUSED = re.compile(r"^refused +([1-9][\d,]*) ")
+STALL = re.compile(r"^[\d:]+ max +\d+ ms +\S+ +[1-9][\d,]* +sdsRemoveFreeSpace x")
 
 
 def main() -> None:
@@ -45,8 +45,9 @@ def main() -> None:
         with on_screen(words, width=options.width, height=options.height) as screen:
             screen.wait_for("iterations/s")
             load.start()
-            until(lambda: any(map(REFUSED.match, screen.lines())) or not load.running, "connections are refused")
-            until(lambda: bool(screen.line("not blocked")) or not load.running, "the server goes on")
+            until(lambda: any(map(STALL.match, screen.lines())) or not load.running, "the trims have refused somebody")
+            if not load.running:
+                sys.exit("top_picture.py: no stall of this run was the incident's; is the machine busy? run it again")
             shown = drawn(screen.pyte_screen)
             screen.press("q")
             screen.ended()

@@ -51,6 +51,46 @@ struct loop_state {
 	u32 listener_fd; /* of the accept in progress */
 };
 
+/*
+ * A thread whose stacks are sampled, filled in by the loader: one sample for each period_ns on the CPU, and
+ * one for each period_ns off it, while its event loop iteration has lasted after_ns (0: always). Absences of
+ * asleep_ns count in every iteration.
+ */
+struct sampled_thread {
+	u64 after_ns;
+	u64 asleep_ns;
+	u64 period_ns;
+	u64 unsampled_ns; /* off the CPU, since the last sample of that */
+};
+
+/*
+ * One sample of a thread's stacks, in a ring buffer of its own: on the CPU (duration_ns is 0) or off it, from
+ * the switch to the next thread until the switch back.
+ */
+struct stack_sample {
+	u64 time_ns;	 /* CLOCK_MONOTONIC of the sample, or when the thread left the CPU */
+	u64 duration_ns; /* off the CPU */
+	u64 weight_ns;	 /* what it stands for: the period, or the absences since the last sample of one */
+	u32 pid;
+	u32 tid;
+	s32 kernel_stack; /* id in the map kernel_stacks, or negative: none, or no place for it */
+	u32 state;	  /* of the task when it left the CPU, 0: it still wanted to run; or STATE_ON_CPU */
+	u32 cpu;
+	u32 length; /* bytes of the user stack that could be read */
+	/*
+	 * A uretprobe puts the address of its trampoline in place of the return address: where that is in the
+	 * thread's memory (0: no more), and what it was, innermost call first.
+	 */
+	u64 trampoline; /* the page of it; 0: the process has none */
+	u64 probed_ip;	/* the instruction that a uprobe steps over out of line */
+	u64 return_slot[16];
+	u64 return_address[16];
+	u64 registers[17]; /* DWARF numbers 0 to 15, and the program counter */
+	u8 stack[16384];   /* from the stack pointer up */
+};
+
+#define STATE_ON_CPU 0x80000000U
+
 /* What the hooked functions were seen to add to the TcpExt counters of a network namespace. */
 struct counted_requests {
 	u64 overflows;	  /* ListenOverflows */

@@ -86,7 +86,7 @@ def _middle(view: LiveView, controls: Controls, width: int, room: int, glyphs: _
     functions = max(left - max(stalls, 1), 1)
     lines = [*[Text()] * space, *_functions(view, controls, width, functions, glyphs)]
     lines += histogram
-    lines += [*[Text()] * space, *_stalls(view, width, stalls, glyphs)]
+    lines += [*[Text()] * space, *_stalls(view, stalls)]
     return lines[:room]
 
 
@@ -116,9 +116,10 @@ def _now(view: LiveView) -> Text:
         return _labelled("now", Text("not blocked", style="green"))
     worst = max(view.blocked, key=lambda stall: stall.duration_ns)
     whose = f" (pid {worst.pid})" if len(view.servers) > 1 else ""
-    text = Text(f"BLOCKED for {format_duration_ns(worst.duration_ns)}{whose}", style="bold red")
+    text = Text()
+    text.append(f"BLOCKED for {format_duration_ns(worst.duration_ns)}{whose}", style="bold red")
     where = " > ".join(map(plain, worst.calls))
-    text.append(f" in {where}" if where else " outside the traced functions", style="not bold")
+    text.append(f" in {where}" if where else " outside the traced functions")
     return _labelled("now", text)
 
 
@@ -174,8 +175,10 @@ def _queue(item: ListenerView, window_s: int, width: int, address_width: int, gl
 
 def _refused(view: LiveView, width: int, glyphs: _Glyphs) -> Text:
     rate = view.overflows_in_interval * 1e9 / view.interval_ns
-    text = Text(f"{view.overflows:,}", style="bold red" if view.overflows else "")
-    text.append(f" since start, {rate:,.0f}/s", style="not bold" if not rate else "bold red")
+    text = Text()
+    text.append(f"{view.overflows:,}", style="bold red" if view.overflows else "")
+    text.append(" since start, ")
+    text.append(f"{rate:,.0f}/s", style="bold red" if rate else "")
     cost = f"cost: server {view.traced_share:.1%}, own {view.own_share:.1%}; lost {view.lost:,}"
     room = width - _LABEL - len(text) - len(cost) - 4
     text.append("  ")
@@ -249,17 +252,24 @@ def _histogram(view: LiveView, width: int, bars: int, glyphs: _Glyphs) -> list[T
     return [header, *lines]
 
 
-def _stalls(view: LiveView, width: int, rows: int, glyphs: _Glyphs) -> list[Text]:
+def _stalls(view: LiveView, rows: int) -> list[Text]:
     header = Text("last stalls    blocked      queue  refused  mostly in", style="bold")
     if not view.recent_stalls:
         return [header, Text(f"none of {format_duration_ns(view.stall_ns)} or longer", style="dim")]
-    return [header, *(_stall(stall, view, glyphs) for stall in view.recent_stalls[:rows])]
+    shown = [*view.recent_stalls[:rows]]
+    if view.worst_stall is not None and view.worst_stall not in shown and rows > 1:
+        shown[-1] = view.worst_stall  # however many short ones came after it
+    return [header, *(_stall(stall, view) for stall in shown)]
 
 
-def _stall(stall: StallView, view: LiveView, glyphs: _Glyphs) -> Text:
+def _stall(stall: StallView, view: LiveView) -> Text:
     when = datetime.fromtimestamp(stall.wall_ns / 1e9, timezone.utc).strftime("%H:%M:%S.%f")[:-3]
     queue = "?" if stall.queue_max is None else f"{stall.queue_max:,}/{stall.queue_limit:,}"
-    line = Text(f"{when} {format_duration_ns(stall.duration_ns):>9} {queue:>10} ")
+    is_worst = stall == view.worst_stall
+    line = Text()
+    line.append(f"{when[:8]} max" if is_worst else when, style="bold" if is_worst else "")
+    line.append(f" {format_duration_ns(stall.duration_ns):>9}", style="bold" if is_worst else "")
+    line.append(f" {queue:>10} ")
     line.append(f"{stall.overflows:>8,}", style="bold red" if stall.overflows else "")
     line.append("  ")
     share = percent(stall.cause_self_ns, stall.covered_ns)

@@ -14,6 +14,7 @@ from rich.text import Text
 from stallscope.reports import findings_text
 from stallscope.reports.imported import imported_lines
 from stallscope.reports.lines import INDENT, Line, faint, heading, percent, plain, stripped, table_of
+from stallscope.reports.samples_text import sampled_stacks
 from stallscope.reports.triggers import trigger_lines
 from stallscope.tracer.analysis.functions import FieldSummary, FunctionSummary
 from stallscope.tracer.analysis.listener_summary import ListenerSummary, Reconciliation
@@ -54,6 +55,8 @@ def _parts(summary: Summary, width: int) -> Iterable[list[Line]]:
     if summary.stalls:
         yield _stalls(summary)
         yield _inside(summary)
+    if summary.sampled and summary.sampled.samples:
+        yield sampled_stacks(summary.sampled)
     if summary.trees:
         yield findings_text.trees(summary)
     called = [function for function in summary.functions if function.calls]
@@ -291,7 +294,7 @@ def _trust(summary: Summary) -> list[Line]:
 
 def _mostly(stall: StallSummary) -> str:
     if not stall.blamed:
-        return "unexplained"
+        return f"{stall.sampled_in} (sampled)" if stall.sampled_in else "unexplained"
     return stall.blamed[-1]
 
 

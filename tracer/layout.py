@@ -33,6 +33,9 @@ UNFINISHED_NS = 2**64 - 1
 NO_STACK = -1
 """``stack`` of a record without one (``NO_STACK`` in event.h)."""
 
+STATE_ON_CPU = 0x8000_0000
+"""``state`` of a stack sample that was taken on the CPU (``STATE_ON_CPU`` in event.h)."""
+
 MAX_SPAN_NS = 2**62
 """Longest duration a finished span can have; anything above marks a damaged record or UNFINISHED_NS."""
 

@@ -29,7 +29,8 @@ LISTENER = "listener"
 PACKET = "packet"
 IMPORTED_SPAN = "imported span"
 IMPORTED_SAMPLE = "imported sample"
-KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER, LISTENER, PACKET, IMPORTED_SPAN, IMPORTED_SAMPLE)
+STACK = "stack sample"
+KINDS = (CALL, ITERATION, ACCEPT, QUEUE, COUNTER, LISTENER, PACKET, IMPORTED_SPAN, IMPORTED_SAMPLE, STACK)
 """Only ever added to, at the end; rows of a kind that is not known are left out and counted."""
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import pyarrow as pa
 from stallscope.tracer.errors import RecordingError, StallscopeError, UsageError
 from stallscope.tracer.layout import EVENT
 from stallscope.tracer.manifest import Counters, Manifest
+from stallscope.tracer.stack_table import StackTable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,26 +52,31 @@ _VALUE_COLUMNS = ("value0", "value1", "value2")
 def _batch(events: npt.NDArray[np.void], schema: pa.Schema) -> pa.RecordBatch:
     """Return the records (dtype ``EVENT``, shape (n,)) as one Arrow batch; every column is copied once."""
     arrays = []
-    for field in schema:
-        name = field.name
+    for member in schema:
+        name = member.name
         column = events["value"][:, _VALUE_COLUMNS.index(name)] if name in _VALUE_COLUMNS else events[name]
         # not pa.array(): it imports pandas (0.6 s, 40 MB), which a recorder has no use for
         buffer = pa.py_buffer(np.ascontiguousarray(column))
-        arrays.append(pa.Array.from_buffers(field.type, len(events), [None, buffer]))
+        arrays.append(pa.Array.from_buffers(member.type, len(events), [None, buffer]))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 class RecordingWriter:
     """Writes one recording; every ``write`` reaches the operating system before it returns."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, stacks: StackTable | None = None) -> None:
         """Create the file and write the manifest.
+
+        Args:
+            stacks: what the rows' ``stack`` numbers mean; with each batch goes what was added to it.
 
         Raises:
             StallscopeError: the file cannot be created.
         """
         self.path = path
         self.rows = 0
+        self._stacks = stacks
+        self._frames_written = self._stacks_written = 0
         self._schema = pa.schema(
             list(_FLAT.items()), metadata={METADATA_KEY: json.dumps({"manifest": manifest.to_json()})}
         )
@@ -103,16 +109,22 @@ class RecordingWriter:
         self._stream.close()
         self._file.close()
 
-    def copy(self, batch: pa.RecordBatch, counters: dict[str, Any] | None) -> None:
-        """Append a batch of another recording, with the snapshot of counters that was beside it."""
-        side = {METADATA_KEY: json.dumps({"counters": counters})} if counters is not None else None
-        self._send(batch, side)
+    def copy(self, batch: pa.RecordBatch, side: dict[str, Any]) -> None:
+        """Append a batch of another recording, with the counters and stacks that were beside it."""
+        kept = {name: side[name] for name in ("counters", "stacks") if name in side}
+        self._send(batch, {METADATA_KEY: json.dumps(kept)} if kept else None)
 
     def abandon(self) -> None:
         """Close the file without a footer: it stays readable and says that it was cut short."""
         self._file.close()
 
     def _write(self, events: npt.NDArray[np.void], side: dict[str, Any]) -> None:
+        if self._stacks is not None:
+            piece = self._stacks.piece(self._frames_written, self._stacks_written)
+            self._frames_written += len(piece["frames"])
+            self._stacks_written += len(piece["stacks"])
+            if piece["frames"] or piece["stacks"]:
+                side = {**side, "stacks": piece}
         self._send(_batch(events, self._schema), {METADATA_KEY: json.dumps(side)} if side else None)
 
     def _send(self, batch: pa.RecordBatch, metadata: dict[bytes, str] | None) -> None:
@@ -145,6 +157,7 @@ class Recording:
         complete: a footer was found; otherwise the file was cut short.
         table: all rows, in the order in which they were written; columns ``COLUMNS``.
         snapshots: every snapshot of the in-kernel counters, oldest first.
+        stacks: what the ``stack`` column of stack samples indexes.
     """
 
     path: Path
@@ -153,6 +166,7 @@ class Recording:
     complete: bool
     table: pa.Table
     snapshots: tuple[Counters, ...] = ()
+    stacks: StackTable = field(default_factory=StackTable, compare=False)
 
     def frame(self) -> pd.DataFrame:
         """Return all rows as a DataFrame with the columns ``COLUMNS``."""
@@ -197,6 +211,7 @@ def read_recording(path: Path) -> Recording:
         raise RecordingError(f"{path} has other columns than a recording of this version; it cannot be read")
     manifest = Manifest.from_json(document.get("manifest") if isinstance(document, dict) else None)
     snapshots = []
+    stacks = StackTable()
     complete = False
     batches = []
     for batch, side in _batches(reader):
@@ -205,9 +220,11 @@ def read_recording(path: Path) -> Recording:
             manifest = Manifest.from_json(side["manifest"])
         if "counters" in side:
             snapshots.append(Counters.from_json(side["counters"]))
+        if "stacks" in side:
+            stacks.extend(side["stacks"])
         complete = complete or side.get("footer") is True
     table = pa.Table.from_batches(batches, schema=reader.schema)
-    return Recording(path, manifest, snapshots[-1] if snapshots else None, complete, table, tuple(snapshots))
+    return Recording(path, manifest, snapshots[-1] if snapshots else None, complete, table, tuple(snapshots), stacks)
 
 
 def _batches(reader: pa.RecordBatchStreamReader) -> Iterator[tuple[pa.RecordBatch, dict[str, Any]]]:
@@ -235,7 +252,7 @@ def extend_recording(recording: Recording, path: Path, events: npt.NDArray[np.vo
     with RecordingWriter(path, manifest) as writer:
         with pa.memory_map(str(recording.path)) as source:
             for batch, side in _batches(pa.ipc.open_stream(source)):
-                writer.copy(batch, side.get("counters"))
+                writer.copy(batch, side)
         if recording.complete:
             writer.finish(events, recording.counters or Counters(manifest.ended_ns, {}), manifest)
         else:

@@ -27,6 +27,7 @@ class Format:
         load: returns the function that writes an analysis to a binary stream.
         many_rows: above so many events opening it takes half a minute and more, or fails; None: it does not matter.
         why: what happens then, for the reader.
+        load_samples: returns the function that writes the stack samples instead of calls; None: it has none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Format:
     load: Callable[[], Exporter]
     many_rows: int | None = None
     why: str = ""
+    load_samples: Callable[[], Exporter] | None = None
 
     def beside(self, recording: Path) -> Path:
         """Return the name of the export that belongs to a recording: the same with the format's suffix."""
@@ -66,6 +68,18 @@ def _folded() -> Exporter:
     return folded.write
 
 
+def _speedscope_samples() -> Exporter:
+    from stallscope.reports.export import samples
+
+    return samples.write_speedscope
+
+
+def _folded_samples() -> Exporter:
+    from stallscope.reports.export import samples
+
+    return samples.write_folded
+
+
 def _parquet() -> Exporter:
     from stallscope.reports.export import parquet
 
@@ -94,8 +108,14 @@ FORMATS = {
             "perfetto", ".pftrace", "Perfetto: ui.perfetto.dev, trace_processor", False, _perfetto, 2_000_000, _SLOW
         ),
         Format("chrome", ".trace.json", "Chrome's trace events: chrome://tracing", True, _chrome, 2_000_000, _SLOW),
-        Format("speedscope", ".speedscope.json", "speedscope: speedscope.app", True, _speedscope, 2_000_000, _SLOW),
-        Format("folded", ".folded", "folded stacks, self time in us: flamegraph.pl, inferno", True, _folded),
+        Format(
+            "speedscope", ".speedscope.json", "speedscope: speedscope.app", True, _speedscope, 2_000_000, _SLOW,
+            _speedscope_samples,
+        ),
+        Format(
+            "folded", ".folded", "folded stacks, self time in us: flamegraph.pl, inferno", True, _folded,
+            load_samples=_folded_samples,
+        ),
         Format("parquet", ".parquet", "one row an event: DuckDB, pandas, polars", False, _parquet),
         Format(
             "csv", ".csv", "the same rows: spreadsheets", True, _csv, _SPREADSHEET_LINES - 1,

@@ -15,9 +15,10 @@ from stallscope.tracer.manifest import CALL, Manifest
 CALL_KIND, ABANDONED, ITERATION_KIND, ACCEPT_KIND = "call", "abandoned", "iteration", "accept"
 QUEUE_KIND, COUNTER_KIND, REQUEST_KIND, OVERFLOW_KIND = "queue", "counter", "request", "overflow"
 PACKET_KIND, IMPORTED_SPAN_KIND, IMPORTED_SAMPLE_KIND = "packet", "imported span", "imported sample"
+STACK_SAMPLE_KIND = "stack sample"
 KINDS = (
     CALL_KIND, ABANDONED, ITERATION_KIND, ACCEPT_KIND, QUEUE_KIND, COUNTER_KIND, REQUEST_KIND, OVERFLOW_KIND,
-    PACKET_KIND, IMPORTED_SPAN_KIND, IMPORTED_SAMPLE_KIND,
+    PACKET_KIND, IMPORTED_SPAN_KIND, IMPORTED_SAMPLE_KIND, STACK_SAMPLE_KIND,
 )  # fmt: skip
 """The kinds of rows and of events; what they mean is in ``ndjson.schema.json``."""
 

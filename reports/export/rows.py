@@ -30,6 +30,7 @@ from stallscope.reports.export.naming import (
     PACKET_KIND,
     QUEUE_KIND,
     REQUEST_KIND,
+    STACK_SAMPLE_KIND,
     call_names,
     counter_names,
     listener_names,
@@ -79,6 +80,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "text": pa.string(),
     "value": pa.float64(),
     "unit": pa.string(),
+    "weight_ns": pa.int64(),
+    "state": pa.string(),
 }
 """The columns that every export has; those of arguments follow."""
 
@@ -150,6 +153,7 @@ def _parts(analysis: Analysis) -> tuple[_Part, ...]:
             len(tables.imported_samples),
             lambda low, high: _samples(tables.imported_samples[low:high]),
         ),
+        _Part(STACK_SAMPLE_KIND, len(analysis.samples.frame), lambda low, high: _stacks(analysis, low, high)),
     )
 
 
@@ -311,6 +315,20 @@ def _samples(frame: pd.DataFrame) -> _Filled:
         "start_ns": frame["time_ns"].to_numpy(),
         "name": _category(frame["name"]),
         "unit": _category(frame["unit"]),
+    }
+
+
+def _stacks(analysis: Analysis, low: int, high: int) -> _Filled:
+    frame = analysis.samples.frame.iloc[low:high]
+    codes, stacks = pd.factorize(frame["stack"])
+    functions = [[item.name for item in analysis.samples.functions_of(int(stack))] for stack in stacks]
+    filled = _columns(frame, "duration_ns", "weight_ns", "pid", "tid")
+    return filled | {
+        "start_ns": frame["time_ns"].to_numpy(),
+        "name": pa.array([names[-1] for names in functions], pa.string()).take(pa.array(codes)),
+        "path": pa.array([PATH_SEPARATOR.join(names) for names in functions], pa.string()).take(pa.array(codes)),
+        "stall": _known(frame["stall"], -1),
+        "state": _category(frame["state"]),
     }
 
 

@@ -48,6 +48,7 @@ def describe(timeline: Timeline) -> tuple[dict[str, Any], str]:
         "queues": _queues(timeline, columns),
         "rates": _rates(timeline, columns),
         "stalls": _stalls(timeline, columns),
+        "sampled": _sampled(timeline, columns),
         "imported": _imported(timeline, columns),
         "triggers": [
             {"time_ns": item.time_ns, "text": item.text, "seen": describe_trigger(item)}
@@ -172,6 +173,17 @@ def _stalls(timeline: Timeline, columns: Columns) -> dict[str, int]:
     for name in lane.trees.columns:
         columns.add(f"trees.{name}", lane.trees[name].to_numpy(), ascending=name == "stall")
     return {"total": lane.total, "total_ns": lane.total_ns}
+
+
+def _sampled(timeline: Timeline, columns: Columns) -> list[dict[str, str]]:
+    """Return the functions that sampled stacks name."""
+    trees = timeline.stalls.sampled
+    for name in ("stall", "function", "samples", "weight_ns", "self_ns", "off_ns"):
+        columns.add(f"sampled.{name}", trees.nodes[name].to_numpy(), ascending=name == "stall")
+    # how far back the caller is, 0: none
+    parent = trees.nodes["parent"].to_numpy()
+    columns.add("sampled.caller", np.where(parent < 0, 0, np.arange(len(parent)) - parent))
+    return [{"name": name, "file": file} for name, file in trees.functions]
 
 
 def _imported(timeline: Timeline, columns: Columns) -> dict[str, Any]:

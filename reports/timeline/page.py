@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from stallscope.reports import samples_text
 from stallscope.reports.findings_text import WARNED_OF, blame_lines, threshold_text
 from stallscope.reports.imported import imported_lines
 from stallscope.reports.timeline.columns import gzip_text
@@ -18,6 +19,7 @@ from stallscope.reports.timeline.document import describe, script_json
 from stallscope.reports.timeline.tables import (
     functions_table,
     listeners_table,
+    sampled_table,
     slowest_table,
     stalls_table,
     trees_table,
@@ -28,8 +30,8 @@ from stallscope.tracer.analysis.summary import Summary
 from stallscope.tracer.units import format_duration_ns
 
 SCRIPTS = (
-    "format.js", "columns.js", "state.js", "lanes.js", "flame.js", "imported.js", "figure.js", "detail.js",
-    "controls.js", "start.js",
+    "format.js", "columns.js", "state.js", "lanes.js", "flame.js", "imported.js", "figure.js", "stacks.js",
+    "detail.js", "controls.js", "start.js",
 )  # fmt: skip
 """In the order in which they run."""
 
@@ -89,6 +91,9 @@ def render(timeline: Timeline) -> str:
         stalls=stalls_table(timeline),
         slowest=slowest_table(timeline),
         functions=functions_table(timeline),
+        sampled=sampled_table(timeline),
+        sampled_title=samples_text.title(summary.sampled) if summary.sampled else "",
+        sampled_how=samples_text.how(summary.sampled) if summary.sampled else "",
         listeners=listeners_table(timeline),
         trust=trust(timeline),
         calls_total=timeline.calls.total,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from stallscope.reports.timeline.sampled import SampledTrees, sampled_trees
 from stallscope.tracer.analysis.analysis import Analysis
 from stallscope.tracer.analysis.segments import ranges
 from stallscope.tracer.analysis.tables import Ints
@@ -31,6 +32,7 @@ class StallLane:
         total: all stalls; total_ns: all their time, also of those not kept; longest_ns: of the longest, 0: none.
         trees: time by stall and chain of functions: ``stall`` (row of ``frame``), ``path`` (index in
             ``Nested.paths``), ``calls``, ``total_ns``, ``self_ns``, ``longest_ns``; int64.
+        sampled: the trees of their sampled stacks.
     """
 
     frame: pd.DataFrame
@@ -38,6 +40,7 @@ class StallLane:
     total_ns: int
     longest_ns: int
     trees: pd.DataFrame
+    sampled: SampledTrees
 
 
 _COLUMNS = [
@@ -74,7 +77,8 @@ def stall_lane(analysis: Analysis, origin_ns: int) -> StallLane:
     trees = stall_trees(analysis, with_tree)
     trees["stall"] = np.searchsorted(kept, trees["stall"].to_numpy())
     lengths = frame["duration_ns"].to_numpy()
-    return StallLane(shown, len(frame), int(lengths.sum()), int(lengths.max(initial=0)), trees)
+    sampled = sampled_trees(analysis, kept, worst.to_numpy())
+    return StallLane(shown, len(frame), int(lengths.sum()), int(lengths.max(initial=0)), trees, sampled)
 
 
 def stall_trees(analysis: Analysis, rows: Ints) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stallscope.probes.catalogue import Field
+from stallscope.reports.lines import percent
 from stallscope.reports.timeline.compute import Timeline
 from stallscope.tracer.analysis.tables import Ints
 from stallscope.tracer.units import format_bytes, format_duration_ns
@@ -56,6 +57,7 @@ def stalls_table(timeline: Timeline) -> Table:
     refused = frame["overflows"] + frame["overflows_drain"]
     worst = frame.assign(refused=refused).nlargest(SHOWN_STALLS, ["refused", "duration_ns"]).index.sort_values()
     mostly = _mostly(timeline)
+    sampled = {item.start_ns: f"{item.sampled_in} (sampled)" for item in timeline.summary.stalls if item.sampled_in}
     servers = {server.pid: server.name for server in timeline.servers}
     rows = []
     for index in worst:
@@ -71,7 +73,7 @@ def stalls_table(timeline: Timeline) -> Table:
             _count(int(refused.loc[index])),
             _duration(int(stall["drain_ns"]), more=not stall["drained"]) if stall["drain_ns"] else Cell("-", 0),
             _count(accepted) if known else Cell("?", -1),
-            Cell(*[mostly.get(index, "unexplained")] * 2),
+            Cell(*[mostly.get(index) or sampled.get(int(stall["start_ns"]), "unexplained")] * 2),
         ]
         if len(servers) > 1:
             name = servers.get(int(stall["pid"]), f"process {int(stall['pid'])}")
@@ -158,6 +160,28 @@ def functions_table(timeline: Timeline) -> Table:
         rows.append(Row(tuple(cells)))
     numbers = ("calls", "total", "self", "of loop", "p50", "p99", "p99.9", "longest")
     return Table((("function", False), *((name, True) for name in numbers), ("measured by", False)), tuple(rows))
+
+
+def sampled_table(timeline: Timeline) -> Table:
+    """Return the functions on sampled stacks, most time first."""
+    sampled = timeline.summary.sampled
+    rows = []
+    for item in sampled.functions if sampled else ():
+        share = percent(item.total_ns, sampled.total_ns if sampled else 0)
+        rows.append(
+            Row(
+                (
+                    Cell(item.name, item.name),
+                    Cell(item.file, item.file),
+                    _duration(item.total_ns),
+                    Cell(share, item.total_ns),
+                    _duration(item.self_ns),
+                    Cell(*["yes" if item.traced else "no"] * 2),
+                )
+            )
+        )
+    columns = (("function", False), ("file", False), ("with callees", True), ("share", True), ("self", True))
+    return Table((*columns, ("probed", False)), tuple(rows))
 
 
 def listeners_table(timeline: Timeline) -> Table:

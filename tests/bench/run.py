@@ -26,7 +26,10 @@ from lab import LabError  # noqa: E402
 
 from stallscope.tracer.errors import StallscopeError  # noqa: E402
 
-BENCHES = ("attach", "reader", "memory", "hit", "throughput", "watch", "standing", "listener", "captures", "analysis")
+BENCHES = (
+    "attach", "reader", "memory", "hit", "throughput", "standing", "listener", "captures", "analysis", "unwind",
+    "stacks", "watch",
+)  # fmt: skip
 WITHOUT_ROOT = {"analysis"}
 EXIT_UNABLE = 4
 

@@ -391,3 +391,45 @@ class TestText:
         assert shown.page.locator("img, #chart a, #dock a").count() == 0
         assert evil + TRIM in cell_texts(shown, "#stall-calls tbody td:nth-child(2)")
         assert dialogs == []
+
+
+class TestSampledStacks:
+    """The recording of three stalls, of which the first is keysCommand's."""
+
+    @pytest.fixture
+    def shown(self, opened: Open, made: Path) -> Opened:
+        page = opened(write_page(made / "sampled.stall"), DESKTOP)
+        page.page.click("#worst")
+        page.page.wait_for_selector("#icicle .slice")
+        return page
+
+    def test_of_a_stall_are_a_flame_graph(self, shown: Opened) -> None:
+        labels = cell_texts(shown, "#icicle .slicetext")
+        assert "stall 400 ms, 35 samples" in labels
+        assert "keysCommand 90.0%" in labels
+        assert not [label for label in labels if label.startswith(("main", "aeMain"))]
+        assert shown.page.get_attribute("[data-kind=samples]", "aria-pressed") == "true"
+        shown.picture("sampled-stall")
+
+    def test_give_way_to_traced_calls_and_come_back(self, shown: Opened) -> None:
+        shown.page.click("[data-kind=calls]")
+        shown.page.wait_for_function("!document.querySelector('#icicle').textContent.includes('keysCommand')")
+        assert any(label.startswith("serverCron") for label in cell_texts(shown, "#icicle .slicetext"))
+        shown.page.click("#dock-next")
+        shown.page.wait_for_function("document.getElementById('dock-title').textContent.startsWith('Stall 2')")
+        assert shown.page.get_attribute("[data-kind=calls]", "aria-pressed") == "true"
+        shown.page.click("[data-kind=samples]")
+        shown.page.wait_for_function("document.querySelector('#icicle').textContent.includes('debugCommand')")
+
+    def test_are_a_table_too(self, shown: Opened) -> None:
+        rows = shown.page.locator("#sampled tbody tr")
+        names = [rows.nth(place).locator("td").first.text_content() for place in range(rows.count())]
+        assert "keysCommand" in names
+        assert "add --probe keysCommand" in (shown.page.text_content("#findings") or "")
+
+    def test_are_not_offered_where_there_are_none(self, opened: Open, made: Path) -> None:
+        page = opened(write_page(made / "known-call.stall"), DESKTOP)
+        page.page.click("#worst")
+        page.page.wait_for_selector("#icicle .slice")
+        assert page.page.is_hidden("#icicle-kind")
+        assert page.page.locator("#sampled-section").count() == 0

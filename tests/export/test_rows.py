@@ -127,7 +127,7 @@ class TestDuckDB:
         tables = analysis.tables
         frames = (analysis.nested.calls, analysis.nested.abandoned, tables.iterations, tables.accepts,
                   tables.queues, tables.counters, tables.requests, analysis.stalls.overflows,
-                  tables.packets, tables.imported_spans, tables.imported_samples)  # fmt: skip
+                  tables.packets, tables.imported_spans, tables.imported_samples, analysis.samples.frame)  # fmt: skip
         expected = {kind: len(frame) for kind, frame in zip(KINDS, frames, strict=True) if len(frame)}
         path = export(name, format_name)
         if not expected:

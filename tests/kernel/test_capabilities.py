@@ -12,6 +12,7 @@ from lab import LabError
 from lab.server import Server, find_server, running_server
 from tracing import STALLSCOPE, require_tracing
 
+from stallscope.tracer.capture.bpf import has_uprobe_links
 from stallscope.tracer.recording import read_recording
 
 ENOUGH = ("bpf", "perfmon", "sys_ptrace")
@@ -40,6 +41,12 @@ def binary() -> Path:
     pytest.skip(reason)
 
 
+@pytest.fixture
+def _uprobe_links() -> None:
+    if not has_uprobe_links():
+        pytest.skip("requires uprobe links (Linux 6.10); before them uprobes take CAP_SYS_ADMIN")
+
+
 @pytest.fixture(scope="module")
 def server(binary: Path) -> Iterator[Server]:
     """A server with all of our capabilities: who has fewer may not look into it, be it the same user."""
@@ -52,6 +59,7 @@ def record(server: Server, path: Path, prefix: Sequence[str]) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.usefixtures("_uprobe_links")
 def test_these_are_enough(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "some.stall"
     done = record(server, path, with_capabilities(*ENOUGH))
@@ -68,6 +76,7 @@ def test_these_are_enough(server: Server, tmp_path: Path) -> None:
     assert len(few.manifest.listeners) == len(everything.manifest.listeners)
 
 
+@pytest.mark.usefixtures("_uprobe_links")
 @pytest.mark.parametrize("missing", ENOUGH)
 def test_without_one_it_is_named(server: Server, tmp_path: Path, missing: str) -> None:
     path = tmp_path / "none.stall"
@@ -78,6 +87,7 @@ def test_without_one_it_is_named(server: Server, tmp_path: Path, missing: str) -
     assert not path.exists()
 
 
+@pytest.mark.usefixtures("_uprobe_links")
 def test_another_network_namespace_takes_one_more(server: Server, tmp_path: Path) -> None:
     """The recorder is in a network namespace of its own, so that the server is in another."""
     path = tmp_path / "other.stall"
@@ -90,3 +100,14 @@ def test_another_network_namespace_takes_one_more(server: Server, tmp_path: Path
     done = record(server, path, [*outside, *with_capabilities(*ENOUGH, "sys_admin")])
     assert done.returncode == 0, done.stderr
     assert len(read_recording(path).manifest.listeners) == 1
+
+
+def test_before_uprobe_links_it_says_what_it_takes(server: Server, tmp_path: Path) -> None:
+    if has_uprobe_links():
+        pytest.skip("requires a kernel before Linux 6.10, without uprobe links")
+    done = record(server, tmp_path / "none.stall", with_capabilities(*ENOUGH))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 4, line
+    assert "CAP_SYS_ADMIN" in line
+    done = record(server, tmp_path / "some.stall", with_capabilities("sys_admin", "sys_ptrace"))
+    assert done.returncode == 0, done.stderr

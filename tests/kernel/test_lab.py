@@ -380,6 +380,35 @@ class TestCommand:
         assert done.stderr == "incident.py: sh failed early: the load was cut short\n"
         assert not psutil.pid_exists(int(done.stdout))
 
+    def test_begins_the_load_when_the_command_has_said_so(self, tmp_path: Path) -> None:
+        document = tmp_path / "load.json"
+        script = "import sys, time; time.sleep(1); print(time.monotonic_ns()); print('I am ready', file=sys.stderr)"
+        words = self.words(sys.executable, "-c", script)
+        done = run_file("incident.py", "--wait-for", "am ready", "--load-json", str(document), *words)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("I am ready\nclients: ")
+        assert Outcome.from_json(document.read_text()).started_ns > int(done.stdout)
+
+    def test_that_fails_before_it_is_ready_ends_the_load(self) -> None:
+        done = run_file("incident.py", "--wait-for", "ready", *self.words("sh", "-c", "echo no >&2; exit 4"))
+        assert (done.returncode, done.stderr) == (4, "no\nincident.py: sh failed early: the load was cut short\n")
+
+    def test_is_interrupted_before_the_clients_leave(self, tmp_path: Path) -> None:
+        document = tmp_path / "load.json"
+        script = """
+import re, signal, socket
+signal.signal(signal.SIGINT, lambda *_: None)
+signal.pause()
+with socket.create_connection(("127.0.0.1", {port})) as server:
+    server.sendall(b"INFO clients\\r\\n")
+    print(re.search(rb"connected_clients:(\\d+)", server.recv(65536))[1].decode())
+"""
+        words = self.words(sys.executable, "-c", script)
+        done = run_file("incident.py", "--interrupt", "--load-json", str(document), *words)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) > QUIET.idle
+        assert Outcome.from_json(document.read_text()).held.count == QUIET.idle
+
     def test_that_does_not_exist_is_a_usage_error(self) -> None:
         done = run_file("incident.py", *self.words("/no/such/recorder"))
         assert done.returncode == 2

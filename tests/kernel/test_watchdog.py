@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lab.build import is_built, load_builds
 from lab.server import HOST, Server, running_server
@@ -22,7 +23,7 @@ from tracing import require_tracing, until
 from watching import Watched, iterations, traced, watched
 
 from stallscope.tracer.capture.program import Program
-from stallscope.tracer.capture.standstill import Span
+from stallscope.tracer.capture.standstill import LATE, Span
 from stallscope.tracer.capture.watchdog import Watchdog
 from stallscope.tracer.errors import SurroundingsError
 
@@ -92,7 +93,11 @@ def both(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Both]:
     with ExitStack() as stack:
         server = stack.enter_context(running_server(build, options=options))
         reference = stack.enter_context(traced(server.pid, THRESHOLD_NS))
-        yield Both(server, stack.enter_context(watched(server.pid, THRESHOLD_NS)), reference)
+        seen = stack.enter_context(watched(server.pid, THRESHOLD_NS))
+        until(lambda: len(seen.looks) > 100, "looks")
+        if np.percentile(np.diff(seen.looks), 95) > LATE * seen.watchdog.interval_ns:
+            pytest.skip("requires a machine that is not so busy: looks at the server come late")
+        yield Both(server, seen, reference)
 
 
 def test_a_server_that_sleeps_computes_or_is_stopped(both: Both) -> None:

@@ -15,8 +15,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "vagrant")]
@@ -73,7 +75,7 @@ def record_same(folder: Path, tries: int) -> list[Path]:
     return paths
 
 
-def asked(*words: object) -> tuple[int, dict[str, object]]:
+def asked(*words: object) -> tuple[int, Any]:
     """Return the exit code and the document of a command with --json."""
     done = subprocess.run([*STALLSCOPE, *map(str, words), "--json"], capture_output=True, text=True)
     if not done.stdout:
@@ -98,8 +100,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report(same, large, again, small)
 
 
-def report(same, large, again, small) -> int:
-    return 0
+@dataclass(frozen=True)
+class Row:
+    """One comparison: what was asked, what must come out, and what did."""
+
+    what: str
+    expected: str
+    found: str
+    said: str
+
+    @property
+    def is_right(self) -> bool:
+        """Return whether it came out as expected."""
+        return self.expected == self.found
+
+
+def verdict(what: str, expected: str, after: Path, before: Path, *limits: str) -> Row:
+    """Return what verify says."""
+    status, document = asked("verify", after, "--baseline", before, *limits)
+    found = {0: "verified", 1: "not verified", 3: "inconclusive"}.get(status, f"exit {status}")
+    return Row(what, expected, found, str(document["paragraph"]))
+
+
+def changed(what: str, expected: str, before: Path, after: Path, subject: str, quantity: str) -> Row:
+    """Return whether diff finds a quantity less, more or unchanged."""
+    _, document = asked("diff", before, after)
+    (change,) = (one for one in document["changes"] if (one["subject"], one["quantity"]) == (subject, quantity))
+    found = "unchanged" if not change["significant"] else "less" if change["ratio"] < 1 else "more"
+    values = [change["before"]["value"], change["after"]["value"]]
+    bounds = [change["low"], change["high"]]
+    said = f"{subject} {quantity}: {values[0]:.3g} -> {values[1]:.3g} {change['unit']}, ratio {bounds}"
+    return Row(what, expected, found, said)
+
+
+def alarms(paths: Sequence[Path]) -> list[Row]:
+    """Return a row for each pair of recordings of the same server."""
+    rows = []
+    for before, after in pairwise(paths):
+        _, document = asked("diff", before, after)
+        found = [f"{one['subject']} {one['quantity']}" for one in document["changes"] if one["significant"]]
+        rows.append(
+            Row(f"{before.name} and {after.name}", "no alarm", ", ".join(found) or "no alarm", document["headline"])
+        )
+    return rows
+
+
+def report(same: Sequence[Path], large: dict[str, Path], again: Path, small: dict[str, Path]) -> int:
+    """Print what came out, and return 1 if anything did otherwise than expected."""
+    old, patched, new = (large[build] for build in BUILDS)
+    slow = ("--max", "clientsCron<200ms")
+    rows = [
+        verdict("large buffers: 2.8.17 to 5.0.6, no slow clientsCron", "verified", new, old, *slow),
+        verdict("large buffers: 2.8.17 to 2.8.17-patched, no slow clientsCron", "not verified", patched, old, *slow),
+        verdict("large buffers: 2.8.17 twice, no slow clientsCron", "not verified", again, old, *slow),
+        changed("large buffers: 2.8.17 to 5.0.6", "less", old, new, "clientsCron", "total"),
+        changed("large buffers: 2.8.17 to 2.8.17-patched", "unchanged", old, patched, "clientsCron", "total"),
+        changed("large buffers: 2.8.17 twice", "unchanged", old, again, "clientsCron", "total"),
+        changed("small buffers: 2.8.17 to 2.8.17-patched", "less", *small.values(), "clientsCron", "total"),
+        changed("small buffers: the trims", "less", *small.values(), "sdsRemoveFreeSpace", "calls"),
+    ]
+    tries = alarms(same)
+    print("| comparison | expected | found | it says |", "|---|---|---|---|", sep="\n")
+    for row in [*rows, *(row for row in tries if not row.is_right)]:
+        print(f"| {row.what} | {row.expected} | {row.found}{'' if row.is_right else ' WRONG'} | {row.said} |")
+    wrong = sum(not row.is_right for row in tries)
+    print(f"\nThe same server twice: {wrong} of {len(tries)} pairs with a false alarm.")
+    return int(wrong > 0 or not all(row.is_right for row in rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.capture.listener import EVENTS, FIELDS
-from stallscope.tracer.layout import NO_STACK, UNFINISHED_NS
+from stallscope.tracer.layout import NO_STACK, STATE_ON_CPU, UNFINISHED_NS
 from stallscope.tracer.manifest import (
     ACCEPT,
     CALL,
@@ -23,6 +23,7 @@ from stallscope.tracer.manifest import (
     ITERATION,
     LISTENER,
     QUEUE,
+    STACK,
     Counters,
     ListenerInfo,
     Manifest,
@@ -33,6 +34,7 @@ from stallscope.tracer.manifest import (
     TargetInfo,
 )
 from stallscope.tracer.recording import RecordingWriter, empty_events
+from stallscope.tracer.stack_table import KERNEL, StackFrame, StackTable
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -45,6 +47,13 @@ LIMIT = 511
 
 ITERATION_ID, ACCEPT_ID, QUEUE_ID, COUNTER_ID = 0, 1, 2, 3
 CRON, CLIENTS, RESIZE, TRIM, PURGE, FREE = 4, 5, 6, 7, 8, 9
+STACK_ID = 15
+STACK_PROBE = ProbeInfo(
+    STACK_ID, "stack sample", STACK, "CPU clock at 100 Hz and sched_switch, always",
+    (Field("weight_ns", "ns", 0), Field("state", "", 1, bits=32)),
+)  # fmt: skip
+ON_CPU, RUNNABLE_STATE, ASLEEP_STATE, BLOCKED_STATE = STATE_ON_CPU, 0, 1, 2
+LOOP_FRAMES = "_start main aeMain aeProcessEvents.part.0"
 
 PROBES = (
     ProbeInfo(
@@ -191,6 +200,7 @@ class Builder:
 
     manifest: Manifest = field(default_factory=manifest)
     tid: int = PID
+    stacks: StackTable = field(default_factory=StackTable)
     _rows: list[_Row] = field(default_factory=list)
     _unfinished: list[_Row] = field(default_factory=list)
 
@@ -252,6 +262,15 @@ class Builder:
         self.request(time_ms, "connection enqueued", port, queue_length=1)
         return self.request(time_ms, "connection accepted", port, wait_ms=wait_ms)
 
+    def sample(
+        self, time_ms: float, functions: str, weight_ms: float = 10, state: int = ON_CPU, kernel: str = ""
+    ) -> Builder:
+        """Add a stack sample, of redis-server's functions below the event loop and of the kernel's."""
+        frames = [StackFrame(name, "redis-server") for name in f"{LOOP_FRAMES} {functions}".split()]
+        stack = self.stacks.add([*frames, *(StackFrame(name, KERNEL) for name in kernel.split())])
+        away_ms = 0 if state == ON_CPU else weight_ms
+        return self.span(STACK_ID, time_ms, away_ms, round(weight_ms * MS), state, stack=stack)
+
     def events(self) -> npt.NDArray[np.void]:
         """Return all rows as records."""
         rows = sorted(self._rows, key=lambda row: row[0] + row[1]) + self._unfinished
@@ -290,7 +309,7 @@ class Builder:
             ended_by="duration",
             namespaces=(replace(names, counters_end=ends), *self.manifest.namespaces[1:]),
         )
-        writer = RecordingWriter(path, self.manifest)
+        writer = RecordingWriter(path, self.manifest, self.stacks)
         parts = np.array_split(np.arange(len(events)), batches)
         for part in parts[:-1]:
             writer.write(events[part], snapshot)
@@ -455,6 +474,33 @@ def slow_drain(path: Path) -> Path:
     return builder.write(path, 4000, counters, overflows_end=900 + refused)
 
 
+def sampled(path: Path) -> Path:
+    """Write three stalls whose stacks were sampled, and a sample outside of them.
+
+    The truth: at 1 s 400 ms: 300 ms in keysCommand (140 of them in dictNext), 60 ms ready to run in it, 40 ms in
+    serverCron > databasesCron > dictRehashMilliseconds > dictRehash. At 2 s 200 ms: 190 ms asleep in debugCommand, in
+    nanosleep of the kernel. At 3 s 100 ms: 38 ms in dictRehashMilliseconds, 62 ms in call > setCommand.
+    At 4 s, in no stall, 10 ms in getCommand. serverCron is traced, nothing below it.
+    """
+    builder = Builder(manifest(probes=(*PROBES, STACK_PROBE)))
+    quiet(builder, 4900)
+    for start_ms, length_ms in ((1000, 400), (2000, 200), (3000, 100)):
+        builder.span(ITERATION_ID, start_ms, length_ms, 1, 0)
+    builder.span(CRON, 1360, 39)
+    keys = "readQueryFromClient processInputBuffer processCommand call keysCommand"
+    for step in range(30):
+        builder.sample(1000 + step * 10, f"{keys} dictNext" if step < 14 else keys)
+    builder.sample(1300, keys, 60, RUNNABLE_STATE, "asm_sysvec_apic_timer_interrupt irqentry_exit schedule")
+    for step in range(4):
+        builder.sample(1360 + step * 10, "serverCron databasesCron dictRehashMilliseconds dictRehash")
+    sleep = "entry_SYSCALL_64_after_hwframe do_syscall_64 __x64_sys_clock_nanosleep do_nanosleep schedule"
+    builder.sample(2001, f"{keys.rpartition(' ')[0]} debugCommand", 190, ASLEEP_STATE, sleep)
+    builder.sample(3000, "serverCron databasesCron dictRehashMilliseconds", 38)
+    builder.sample(3040, f"{keys.rpartition(' ')[0]} setCommand", 62)
+    builder.sample(4000, f"{keys.rpartition(' ')[0]} getCommand")
+    return builder.write(path, 5000)
+
+
 GOLDEN: dict[str, Callable[[Path], Path]] = {
     "known-call": known_call,
     "cut-short": cut_short,
@@ -463,6 +509,7 @@ GOLDEN: dict[str, Callable[[Path], Path]] = {
     "two-stalls": two_stalls,
     "refused": refused,
     "slow-drain": slow_drain,
+    "sampled": sampled,
 }
 
 

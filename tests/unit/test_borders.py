@@ -48,9 +48,35 @@ def test_analysis_is_pure(forbidden: str) -> None:
     assert not {place for place in importers(forbidden) if place.startswith("tracer/analysis/")}
 
 
+@pytest.mark.parametrize("forbidden", ["stallscope.tracer.capture", "pandas", "rich", "click", "bcc"])
+def test_the_live_window_is_pure_and_thin(forbidden: str) -> None:
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/live/")}
+    assert not {place for place in importers(forbidden) if place == "tracer/analysis/containment.py"}
+    assert {"tracer/live/stalls.py"} <= importers("stallscope.tracer.analysis.containment")
+
+
 @pytest.mark.parametrize("forbidden", ["stallscope.tracer.capture", "stallscope.tracer.analysis", "pandas", "click"])
 def test_reading_other_tools_needs_neither_capture_nor_analysis(forbidden: str) -> None:
     assert not {place for place in importers(forbidden) if place.startswith("tracer/imports/")}
+
+
+@pytest.mark.parametrize("forbidden", ["stallscope.tracer.analysis", "stallscope.reports", "pandas", "click", "psutil"])
+def test_unwinding_is_pure(forbidden: str) -> None:
+    assert not {place for place in importers(forbidden) if place.startswith("tracer/unwind/")}
+
+
+def test_unwinding_takes_files_alone_from_capture() -> None:
+    """ELF files and their symbols are read in one place; nothing live is."""
+    taken = {
+        (path.name, ".".join(name.split(".")[:4]))
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "tracer" / "unwind")
+        for name in imports(path)
+        if name.startswith("stallscope.tracer.capture")
+    }
+    files = {f"stallscope.tracer.capture.{module}" for module in ("binary", "elf", "symbol_table")}
+    assert {module for _, module in taken} <= files
+    assert {place for place, _ in taken} <= {"cfi.py", "code.py", "stubs.py"}
 
 
 @pytest.mark.parametrize(

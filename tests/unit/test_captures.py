@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from recordings import ITERATION_ID, MS, PURGE, TRIM, Builder, add_storm, at, manifest
 from watching import nothing, watch
 
+from stallscope.reports.timeline.bands import NOT_ATTACHED
+from stallscope.reports.timeline.compute import build_timeline
+from stallscope.reports.timeline.document import describe
+from stallscope.reports.triggers import describe_detail
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.summary import summarise
 from stallscope.tracer.cli import cli
@@ -173,6 +177,32 @@ def test_only_details_targets_and_notes_of_the_capture_are_in_it(tmp_path: Path)
     assert [item.pid for item in found.targets] == [target.pid]
     assert [item.attached_ns for item in found.details] == [at(5080)]
     assert len(found.notes) == 200
+
+
+def test_the_timeline_shows_triggers_and_when_detail_was_missing(tmp_path: Path) -> None:
+    made = watch(tmp_path, before=1000, after=1000)
+    detail = DetailInfo(at(5050), at(5080), at(5500), (PURGE,), "2 functions")
+    made.manifest = replace(made.manifest, details=(detail,))
+    (done,) = made.play(Builder().span(ITERATION_ID, 5000, 60).events(), 8000).end()
+    assert done.path is not None
+    recording = read_recording(done.path)
+    started_ns = recording.manifest.started_ns
+    timeline = build_timeline(analyse(recording))
+    (trigger,) = describe(timeline)[0]["triggers"]
+    assert trigger == {
+        "time_ns": at(5050) - started_ns,
+        "text": "stall>50ms",
+        "seen": "60.0 ms, event loop of process 4711",
+    }
+    bands = [(band.start_ns + started_ns, band.end_ns + started_ns) for band in timeline.bands]
+    assert bands == [(started_ns, at(5080)), (at(5500), recording.ended_ns)]
+    assert {band.kind for band in timeline.bands} == {NOT_ATTACHED}
+    (found,) = timeline.summary.details
+    assert (found.attached_ns, found.detached_ns) == (at(5080) - started_ns, at(5500) - started_ns)
+    assert describe_detail(found) == (
+        f"detail probes attached at {(at(5080) - started_ns) / 1e9:.3f} s, 30.0 ms after the trigger, "
+        f"detached at {(at(5500) - started_ns) / 1e9:.3f} s; 2 functions"
+    )
 
 
 def test_many_triggers_are_listed_up_to_a_number_and_counted(tmp_path: Path) -> None:

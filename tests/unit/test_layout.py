@@ -68,7 +68,7 @@ def test_a_struct_that_is_not_declared_is_a_key_error() -> None:
 
 def test_the_sentinels_are_those_of_the_header() -> None:
     defined = dict(re.findall(r"#define (\w+)\s+(\S+)", header_text()))
-    assert defined == {"UNFINISHED_NS": "(~0ULL)", "NO_STACK": "(-1)"}
+    assert defined == {"UNFINISHED_NS": "(~0ULL)", "NO_STACK": "(-1)", "STATE_ON_CPU": "0x80000000U"}
 
 
 def test_only_the_sentinel_is_unfinished() -> None:

@@ -64,6 +64,7 @@ def a_view(**changes: object) -> LiveView:
         overflow_history=(0,) * 59 + (615, 54),
         blocked=(BlockedView(21248, 1_220 * MS, ("serverCron", "clientsCron", "sdsRemoveFreeSpace")),),
         recent_stalls=stalls,
+        worst_stall=stalls[0],
         stalls=(),
         lost=0,
         traced_share=0.012,
@@ -136,7 +137,7 @@ class TestAt80x24:
 
     def test_the_newest_stall_is_the_first(self) -> None:
         lines = drawn(a_view(), 80, 24)
-        stalls = [line.split()[1] for line in lines if "sdsRemoveFreeSpace x61" in line]
+        stalls = [line[13:22].strip() for line in lines if "sdsRemoveFreeSpace x61" in line]
         assert stalls == sorted(stalls, reverse=True)
         assert len(stalls) >= 3
 
@@ -160,6 +161,12 @@ class TestAt80x24:
         lines = drawn(a_view(min_duration_ns=MS, functions=(quiet, function("freeClient"))), 80, 24)
         assert "<1.00 ms" in next(line for line in lines if line.startswith("serverCron"))
         assert "<" not in next(line for line in lines if line.startswith("freeClient"))
+
+    def test_the_worst_stall_stays_however_many_came_after_it(self) -> None:
+        worst = replace(a_view().recent_stalls[0], wall_ns=1_740_000_000 * 10**9, duration_ns=9_000 * MS)
+        lines = [line for line in drawn(a_view(worst_stall=worst), 80, 24) if "sdsRemoveFreeSpace x61" in line]
+        assert [" max " in line for line in lines] == [False] * (len(lines) - 1) + [True]
+        assert lines[-1].startswith("21:20:00 max    9.00 s")
 
     def test_a_stall_whose_calls_are_not_all_known_says_of_what_part(self) -> None:
         stall = replace(a_view().recent_stalls[0], covered_ns=100 * MS, cause_self_ns=90 * MS)

@@ -60,7 +60,7 @@ class TestStorm:
         assert stall.path == ("serverCron", "clientsCron", "clientsCronResizeQueryBuffer", "sdsRemoveFreeSpace")
         assert (stall.cause, stall.cause_calls, stall.cause_self_ns) == ("sdsRemoveFreeSpace", 5, 490 * MS)
         assert (stall.covered_ns, stall.pid) == (620 * MS, PID)
-        assert storm.stalls == storm.recent_stalls
+        assert storm.stalls == storm.recent_stalls == (storm.worst_stall,)
 
     def test_has_its_queue_and_its_overflows(self, storm: LiveView) -> None:
         (stall,), (listener,) = storm.recent_stalls, storm.listeners
@@ -123,6 +123,27 @@ class TestIntervals:
         late = window.view(at(2621), {})
         assert [stall.overflows for stall in late.stalls] == [43]
         assert window.view(at(3621), {}).stalls == ()
+
+    def test_an_overflow_counts_in_one_stall(self) -> None:
+        """Seen at the next sample, it may have happened in either of two stalls: it counts in the first."""
+        builder = Builder().span(ITERATION_ID, 100, 20).span(ITERATION_ID, 121, 20)
+        builder.counter(90, 900).counter(105, 903).counter(125, 908).counter(135, 915).counter(200, 931)
+        window = LiveWindow(manifest())
+        window.add(builder.events())
+        view = window.view(at(1000), {})
+        assert [stall.overflows for stall in view.stalls] == [8, 7]
+        assert view.overflows == 31
+
+    def test_the_worst_is_kept_and_settled(self) -> None:
+        builder = add_storm(Builder(), 1000)
+        for index in range(200):
+            builder.span(ITERATION_ID, 2000 + index * 15, 11)
+        window = LiveWindow(builder.manifest)
+        window.add(builder.events())
+        view = window.view(at(6000), {})
+        assert view.worst_stall is not None
+        assert (view.worst_stall.duration_ns, view.worst_stall.overflows) == (620 * MS, 43)
+        assert view.worst_stall not in view.recent_stalls
 
     def test_the_end_tells_of_every_stall(self) -> None:
         window = LiveWindow(manifest())
@@ -191,6 +212,12 @@ class TestCause:
         window.add(Builder().span(CRON, 101, 4).span(ITERATION_ID, 100, 50).events())
         (stall,) = window.view(at(1000), {}).recent_stalls
         assert (stall.cause, stall.path, stall.cause_self_ns) == ("", (), 46 * MS)
+
+    def test_without_any_call_is_all_of_it(self) -> None:
+        window = LiveWindow(manifest())
+        window.add(Builder().span(ITERATION_ID, 100, 50).events())
+        (stall,) = window.view(at(1000), {}).recent_stalls
+        assert (stall.cause, stall.cause_calls, stall.cause_self_ns) == ("", 0, 50 * MS)
 
     def test_of_another_thread_or_iteration_does_not_count(self) -> None:
         builder = Builder().span(PURGE, 101, 48, tid=PID + 1).span(TRIM, 20, 60).span(CRON, 110, 30)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stallscope.tracer.analysis.blame import Blame, assign_blame
 from stallscope.tracer.analysis.nesting import Nested, nest
+from stallscope.tracer.analysis.samples import Samples
 from stallscope.tracer.analysis.stalls import Stalls, find_stalls
 from stallscope.tracer.analysis.tables import Tables, build_tables
 from stallscope.tracer.analysis.trees import Trees, find_trees
@@ -23,6 +24,7 @@ class Analysis:
         stalls: the stalls with the accept queue, the calls and the overflows around them.
         trees: the slow calls that nothing encloses, with everything they called.
         blame: every overflow with its cause.
+        samples: the stack samples, by stall.
         trims: the trims of query buffers, which :func:`whatif.what_if` asks about.
     """
 
@@ -32,6 +34,7 @@ class Analysis:
     trees: Trees
     blame: Blame
     trims: Trims
+    samples: Samples
 
     @property
     def recording(self) -> Recording:
@@ -60,4 +63,5 @@ def analyse(recording: Recording) -> Analysis:
         find_trees(tables, nested, stalls.frame),
         assign_blame(tables, stalls),
         find_trims(tables, nested, stalls),
+        Samples(tables, stalls),
     )

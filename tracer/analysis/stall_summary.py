@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from stallscope.tracer.analysis.nesting import Nested
+from stallscope.tracer.analysis.samples import Culprit
 from stallscope.tracer.analysis.stalls import Stalls
 from stallscope.tracer.analysis.tables import Tables
 
@@ -75,6 +77,7 @@ class StallSummary:
             known; wait_median_ns, wait_max_ns: how long they were in it.
         clients: how many its calls were made for, None where no call told one; clients_blamed: those that
             took most of it, most time first.
+        sampled_in: the function not traced in which its sampled stacks mostly were, "" where none tell one.
     """
 
     start_ns: int
@@ -105,10 +108,18 @@ class StallSummary:
     wait_max_ns: int | None
     clients: int | None
     clients_blamed: tuple[ClientInStall, ...]
+    sampled_in: str = ""
 
 
-def summarise_stalls(tables: Tables, nested: Nested, stalls: Stalls) -> tuple[StallSummary, ...]:
-    """Return the stalls with most overflows and, of those with as many, the longest; sorted by time."""
+def summarise_stalls(
+    tables: Tables, nested: Nested, stalls: Stalls, culprits: Sequence[Culprit] = ()
+) -> tuple[StallSummary, ...]:
+    """Return the stalls with most overflows and, of those with as many, the longest; sorted by time.
+
+    Args:
+        culprits: what their sampled stacks tell.
+    """
+    sampled_in = {culprit.stall: culprit.function for culprit in culprits}
     frame = stalls.frame
     names = {probe.id: probe.name for probe in tables.manifest.probes}
     refused = frame["overflows"] + frame["overflows_drain"]
@@ -162,6 +173,7 @@ def summarise_stalls(tables: Tables, nested: Nested, stalls: Stalls) -> tuple[St
                 wait_max_ns=_known(row["wait_max_ns"]),
                 clients=_known(row["clients"]),
                 clients_blamed=_clients(stalls, int(index)),
+                sampled_in=sampled_in.get(int(index), ""),
             )
         )
     return tuple(summaries)

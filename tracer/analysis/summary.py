@@ -23,12 +23,22 @@ from stallscope.tracer.analysis.listener_summary import (
     summarise_listeners,
 )
 from stallscope.tracer.analysis.requests import RequestSummary, summarise_requests
+from stallscope.tracer.analysis.sample_summary import SampleSummary, summarise_samples
 from stallscope.tracer.analysis.stall_summary import StallSummary, summarise_stalls
 from stallscope.tracer.analysis.stalls import loop_observed
 from stallscope.tracer.analysis.tables import Tables
 from stallscope.tracer.analysis.trees import TreeSummary, summarise_trees
 from stallscope.tracer.analysis.whatif import DEFAULT_BYTES, WhatIf, what_if
-from stallscope.tracer.manifest import ITERATION, DetailInfo, Manifest, Note, ProbeCounters, TargetInfo, TriggerInfo
+from stallscope.tracer.manifest import (
+    ITERATION,
+    STACK,
+    DetailInfo,
+    Manifest,
+    Note,
+    ProbeCounters,
+    TargetInfo,
+    TriggerInfo,
+)
 
 SUMMARY_VERSION = 1
 
@@ -87,6 +97,7 @@ class Summary:
         warnings: what makes numbers incomplete; notes: what happened, time since the start.
         cost: what tracing cost, as the recorder measured it.
         imported: what other tools said, None where nothing was imported.
+        sampled: where stalls were, by stack samples; None where none were to be taken.
         triggers: what made this capture of ``stallscope watch``, time since the start; further_triggers: how many
             more came true. details: when detail probes were attached, times since the start (``detached_ns`` 0:
             until the end).
@@ -127,6 +138,7 @@ class Summary:
     notes: tuple[Note, ...]
     cost: dict[str, float]
     imported: ImportedSummary | None = None
+    sampled: SampleSummary | None = None
     triggers: tuple[TriggerInfo, ...] = ()
     further_triggers: int = 0
     details: tuple[DetailInfo, ...] = ()
@@ -167,7 +179,7 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         stall_basis=stalls.basis,
         stall_count=len(stalls.frame),
         stall_total_ns=int(stalls.frame["duration_ns"].sum()),
-        stalls=summarise_stalls(tables, nested, stalls),
+        stalls=summarise_stalls(tables, nested, stalls, analysis.samples.culprits),
         waits_exact=stalls.waits_exact,
         tree_count=len(analysis.trees.frame),
         trees=summarise_trees(analysis.trees, manifest),
@@ -192,6 +204,7 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         notes=tuple(Note(note.time_ns - manifest.started_ns, note.text) for note in manifest.notes),
         cost=manifest.cost,
         imported=summarise_imported(tables, stalls),
+        sampled=summarise_samples(tables, analysis.samples),
         triggers=tuple(
             dataclasses.replace(item, time_ns=item.time_ns - manifest.started_ns) for item in manifest.triggers
         ),
@@ -245,10 +258,13 @@ def _losses(tables: Tables) -> tuple[Loss, ...]:
     counters = tables.recording.counters
     if counters is None:
         return ()
-    names = {probe.id: probe.name for probe in tables.manifest.probes}
+    # a sample that is lost is no event that is missing: SampleSummary counts it
+    names = {probe.id: probe.name for probe in tables.manifest.probes if probe.kind != STACK}
+    sampled = {probe.id for probe in tables.manifest.probes if probe.kind == STACK}
     losses = [
         Loss(names.get(probe, str(probe)), item.missing, item.unpaired, item.abandoned)
         for probe, item in sorted(counters.by_probe.items())
+        if probe not in sampled
     ]
     return tuple(loss for loss in losses if loss.lost or loss.unpaired or loss.abandoned)
 

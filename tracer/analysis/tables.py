@@ -57,6 +57,8 @@ requests: one row per kept event of a listener in the kernel; sorted by ``listen
     wait_ns          int64    ns    ``connection accepted``: from the enqueue to accept(); others 0
     ================ ======== ===== ===================================================================
 
+samples: one row per stack sample, by :func:`sample_rows.stack_samples`.
+
 What ``stallscope import`` added; ``file`` is the place in the recording's list of imports:
 
 packets: one row per kept packet of a capture; sorted by ``file``, ``time_ns``.
@@ -99,6 +101,7 @@ from stallscope.tracer.analysis.imported_tables import imported_tables
 from stallscope.tracer.analysis.rows import Ints as Ints
 from stallscope.tracer.analysis.rows import column, field_values, of_probe
 from stallscope.tracer.analysis.rows import extract as extract
+from stallscope.tracer.analysis.sample_rows import stack_samples
 from stallscope.tracer.errors import RecordingError
 from stallscope.tracer.layout import MAX_SPAN_NS, mark_unfinished
 from stallscope.tracer.manifest import (
@@ -136,6 +139,7 @@ class Tables:
     queues: pd.DataFrame
     counters: pd.DataFrame
     requests: pd.DataFrame
+    samples: pd.DataFrame
     packets: pd.DataFrame
     imported_spans: pd.DataFrame
     imported_samples: pd.DataFrame
@@ -207,7 +211,8 @@ def build_tables(recording: Recording) -> Tables:
     if damaged_rows:
         kinds = np.where(damaged, np.uint8(_UNKNOWN), kinds)
     end_ns = _end_ns(recording, start, duration, unfinished, damaged)
-    imported = imported_tables(recording, kinds, start, np.where(unfinished, np.uint64(0), duration))
+    finished = np.where(unfinished, np.uint64(0), duration)
+    imported = imported_tables(recording, kinds, start, finished)
     spans = _Spans(recording, kinds, start, duration, unfinished, end_ns)
     return Tables(
         recording=recording,
@@ -217,6 +222,7 @@ def build_tables(recording: Recording) -> Tables:
         queues=spans.samples(QUEUE, ("listener", "queue_length", "queue_limit", "drops"), ("listener",)),
         counters=spans.samples(COUNTER, ("namespace", "counter", "count"), ("namespace", "counter")),
         requests=spans.requests(),
+        samples=stack_samples(recording, kinds, start, finished),
         packets=imported.packets,
         imported_spans=imported.spans,
         imported_samples=imported.samples,

@@ -44,6 +44,11 @@ def warnings(summary: Summary, tables: Tables, nested: Nested) -> tuple[str, ...
             lines.append(f"{function.name}: {function.unpaired:,} calls were under way when it was attached")
         if function.abandoned:
             lines.append(f"{function.name}: {function.abandoned:,} calls never returned (longjmp) and are left out")
+    if summary.sampled and summary.sampled.lost:
+        lines.append(
+            f"stack samples: {summary.sampled.lost:,} of {summary.sampled.lost + summary.sampled.samples:,} were lost, "
+            "unwinding did not keep up; use a lower --stack-rate, or --stacks=stalls"
+        )
     silent = ", ".join(function.name for function in summary.functions if function.counted and not function.hits)
     if silent:
         why = "not called, or inlined or bypassed: stallscope probes tells"
@@ -102,9 +107,12 @@ def _of_stalls(summary: Summary) -> str:
 
 
 def _by(stall: StallSummary) -> str:
+    what = f"{stall.sampled_in} (by sampled stacks, not traced)" if stall.sampled_in else ""
     if not stall.functions:
-        return " by something that was not traced"
+        return f" by {what or 'something that was not traced'}"
     if not stall.blamed:
+        if what:
+            return f", mostly in {what}"
         return f", {format_duration_ns(stall.unexplained_ns)} of it by something that was not traced"
     first = stall.functions[0]
     calls = f"{first.calls:,} calls of {first.name}" if first.calls > 1 else f"one call of {first.name}"

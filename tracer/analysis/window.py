@@ -103,6 +103,7 @@ def cut(recording: Recording, from_ns: int | None, to_ns: int | None) -> Recordi
         complete=recording.complete or last < ended_ns,
         table=table,
         snapshots=_snapshots(recording, first, last),
+        stacks=recording.stacks,
     )
 
 

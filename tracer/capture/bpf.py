@@ -44,6 +44,8 @@ _UPROBE_MULTI_RETURN = 1
 _PERF_EVENT_IOC_ENABLE = 0x2400
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
 _PERF_FLAG_FD_CLOEXEC = 8
+_PERF_TYPE_SOFTWARE = 1
+_PERF_COUNT_SW_CPU_CLOCK = 0
 _PMUS = Path("/sys/bus/event_source/devices")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -233,6 +235,11 @@ def _attach_probe(program_fd: int, kind: str, target: int, offset: int, pid: int
     # struct perf_event_attr, PERF_ATTR_SIZE_VER5: type, size, config, 3 x u64, flags, wakeup, bp_type,
     # config1 = uprobe_path or kprobe_func, config2 = probe_offset
     attributes = struct.pack("=IIQQQQQIIQQ", pmu, 112, int(is_return) << return_bit, 0, 0, 0, 0, 0, 0, target, offset)
+    return _open_perf_event(program_fd, attributes, pid)
+
+
+def _open_perf_event(program_fd: int, attributes: bytes, pid: int) -> int:
+    """Open a perf event on a thread or process, or with -1 on all, attach the program, and enable it."""
     buffer = ctypes.create_string_buffer(attributes, 112)
     cpu = 0 if pid < 0 else -1
     handle: int = _libc.syscall(_SYS_PERF_EVENT_OPEN, buffer, pid, cpu, -1, ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC))
@@ -245,6 +252,25 @@ def _attach_probe(program_fd: int, kind: str, target: int, offset: int, pid: int
         os.close(handle)
         raise
     return handle
+
+
+def attach_cpu_clock(program_fd: int, tid: int, period_ns: int) -> int:
+    """Run a loaded perf event program each time a thread has used this much CPU; returns the handle.
+
+    Raises:
+        SurroundingsError: the kernel refuses.
+    """
+    # struct perf_event_attr, PERF_ATTR_SIZE_VER5: type, size, config, sample_period, 10 words that stay 0
+    attributes = struct.pack("=IIQQ", _PERF_TYPE_SOFTWARE, 112, _PERF_COUNT_SW_CPU_CLOCK, period_ns)
+    try:
+        return _open_perf_event(program_fd, attributes, tid)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise SurroundingsError(f"cannot sample thread {tid}: it is gone") from error
+        raise SurroundingsError(
+            f"cannot sample thread {tid}: {error.strerror}; it needs root or CAP_PERFMON, and the rate within "
+            "/proc/sys/kernel/perf_event_max_sample_rate"
+        ) from error
 
 
 def attach_raw_tracepoint(program_fd: int, name: str) -> int:
@@ -279,6 +305,8 @@ def _pmu(kind: str) -> tuple[int, int]:
 def _why_not(number: int, path: str, offset: int, pid: int) -> str:
     place = f"cannot attach a uprobe at {offset:#x} of {path} in process {pid}"
     if number in (errno.EACCES, errno.EPERM):
+        if not has_uprobe_links():
+            return f"{place}: not permitted; before Linux 6.10 that takes CAP_SYS_ADMIN: run as root"
         return f"{place}: not permitted; run as root or with CAP_BPF and CAP_PERFMON, and see kernel lockdown"
     if number == errno.ESRCH:
         return f"{place}: the process is gone"

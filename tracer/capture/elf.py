@@ -39,6 +39,7 @@ from stallscope.tracer.errors import SymbolError
 # Larger sections are refused: no server is near it, a damaged header easily is.
 MAX_SECTION_BYTES = 1 << 30
 _MAX_HEADERS = 4096
+_PAGE_BYTES = 4096
 _MAX_BUILD_ID_DIGITS = 128
 
 DAMAGE: tuple[type[Exception], ...] = (
@@ -200,6 +201,24 @@ class ElfFile:
                 return int(address - start + segment["p_offset"])
         raise SymbolError(
             f"cannot probe address {address:#x} of {self.shown}: not in an executable segment; reinstall it"
+        )
+
+    def code_address(self, file_offset: int) -> int:
+        """Return the virtual address of the code at an offset of the file: the inverse of :meth:`file_offset`.
+
+        The kernel maps whole pages: an offset in the first page before the segment's own start counts too.
+
+        Raises:
+            SymbolError: no executable segment contains the offset.
+        """
+        for segment in self._segments:
+            start = segment["p_offset"] & -_PAGE_BYTES
+            is_code = segment["p_type"] == "PT_LOAD" and segment["p_flags"] & P_FLAGS.PF_X
+            if is_code and start <= file_offset < segment["p_offset"] + segment["p_filesz"]:
+                return int(segment["p_vaddr"] + file_offset - segment["p_offset"])
+        raise SymbolError(
+            f"cannot find the code at offset {file_offset:#x} of {self.shown}: not in an executable segment; "
+            f"reinstall it"
         )
 
     @cached_property

@@ -139,8 +139,9 @@ class Excerpt:
         opening = last_samples.copy()
         opening["start_ns"] = self._start.time_ns
         kernel = {info.index: self._start.moment.kernel[info.inode] for info in self._manifest.namespaces}
-        for row in opening[opening["probe"] == COUNTER_PROBE]:
-            row["value"][1] = kernel[int(row["value"][2])][self._manifest.counter_names[int(row["value"][0])]]
+        for place in np.flatnonzero(opening["probe"] == COUNTER_PROBE):
+            counter, _, namespace = (int(value) for value in opening["value"][place])
+            opening["value"][place, 1] = kernel[namespace][self._manifest.counter_names[counter]]
         return opening
 
     def _totals(self, end: Mark) -> tuple[dict[int, ProbeCounters], npt.NDArray[np.void]]:

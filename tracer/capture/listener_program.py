@@ -129,7 +129,7 @@ class ListenerProgram(LoadedPrograms):
         return refused
 
     def _attach_one(self, hook: Hook, *, is_return: bool) -> None:
-        program = self._program(self._name(hook, is_return=is_return))
+        program = self.program(self._name(hook, is_return=is_return))
         if self.plan.rungs[hook.function] == FENTRY_RUNG:
             self._keep(attach_tracing(program, hook.function))
         else:

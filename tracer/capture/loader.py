@@ -27,7 +27,14 @@ KPROBE = "kprobe"
 UPROBE = "uprobe"
 RAW_TRACEPOINT = "raw_tracepoint"
 TRACING = "tracing"
-_BCC_TYPES = {KPROBE: "KPROBE", UPROBE: "KPROBE", RAW_TRACEPOINT: "RAW_TRACEPOINT", TRACING: "TRACING"}
+PERF_EVENT = "perf_event"
+_BCC_TYPES = {
+    KPROBE: "KPROBE",
+    UPROBE: "KPROBE",
+    RAW_TRACEPOINT: "RAW_TRACEPOINT",
+    TRACING: "TRACING",
+    PERF_EVENT: "PERF_EVENT",
+}
 """Our program kinds and bcc's constants; uprobes run kprobe programs, fentry and fexit tracing programs."""
 
 _ATTACH_TYPES = {UPROBE: 48}

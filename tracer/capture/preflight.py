@@ -14,7 +14,7 @@ from pathlib import Path
 from stallscope.probes.catalogue import default_functions
 from stallscope.tracer.capture.backlog import SockDiag, socket_inodes
 from stallscope.tracer.capture.bcc_library import bcc_version, load_bcc
-from stallscope.tracer.capture.bpf import load_trial
+from stallscope.tracer.capture.bpf import has_uprobe_links, load_trial
 from stallscope.tracer.capture.btf import KERNEL_BTF, kernel_types
 from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG, plan_loop
 from stallscope.tracer.capture.listener import KPROBES, fentry_refusal
@@ -27,11 +27,21 @@ OK, LIMITED, FAILED = "ok", "limited", "failed"
 
 # Linux include/uapi/linux/capability.h
 _CAPABILITIES = {
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_SYSLOG": 34,
     "CAP_SYS_ADMIN": 21,
     "CAP_SYS_PTRACE": 19,
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
+_WITHOUT = {
+    "CAP_SYS_PTRACE": "other users' processes are out of reach",
+    "CAP_SYS_ADMIN": "servers in other network namespaces (containers) are out of reach",
+    "CAP_SYSLOG": "refused connections are sampled, where the kernel could be hooked",
+    "CAP_DAC_READ_SEARCH": "watch cannot see without probes whether another user's server waits for events",
+}
+"""What is missing without a capability; tests/kernel/test_capabilities.py takes each one away."""
+
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """Linux include/linux/proc_ns.h, PROC_PID_INIT_INO."""
 
@@ -167,9 +177,12 @@ def effective_capabilities() -> int:
     return 0
 
 
+def _holds(name: str) -> bool:
+    return bool(effective_capabilities() >> _CAPABILITIES[name] & 1)
+
+
 def _capabilities() -> Check:
-    mask = effective_capabilities()
-    held = {name for name, bit in _CAPABILITIES.items() if mask >> bit & 1}
+    held = {name for name in _CAPABILITIES if _holds(name)}
     user = f"uid {os.geteuid()}"
     # since Linux 5.8 (a17b53c4a4b5, c9e0924e5c2b) these two stand for CAP_SYS_ADMIN
     to_trace = {"CAP_BPF", "CAP_PERFMON"} - held if "CAP_SYS_ADMIN" not in held else set()
@@ -178,16 +191,11 @@ def _capabilities() -> Check:
             "permission", FAILED, f"{user} without {', '.join(sorted(to_trace))}",
             "run it with sudo, or with CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE", needed=True,
         )  # fmt: skip
-    if "CAP_SYS_PTRACE" not in held:
+    missing = [name for name in _WITHOUT if name not in held]
+    if missing:
         return Check(
-            "permission", LIMITED, f"{user} without CAP_SYS_PTRACE",
-            "other users' processes are out of reach; run it with sudo, or give it that too", needed=True,
-        )  # fmt: skip
-    if "CAP_SYS_ADMIN" not in held:
-        return Check(
-            "permission", LIMITED, f"{user} with CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE, without CAP_SYS_ADMIN",
-            "servers in other network namespaces (containers) are out of reach; for those run it with sudo",
-            needed=True,
+            "permission", LIMITED, f"{user} without {', '.join(missing)}",
+            f"{'; '.join(_WITHOUT[name] for name in missing)}: run it with sudo", needed=True,
         )  # fmt: skip
     return Check("permission", OK, f"{user}, all capabilities that tracing needs", needed=True)
 
@@ -229,9 +237,15 @@ def _bcc() -> Check:
 
 
 def _uprobes() -> Check:
-    if Path("/sys/bus/event_source/devices/uprobe/type").exists():
-        return Check("uprobes", OK, "functions are timed call by call", needed=True)
-    return Check("uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True)
+    if not Path("/sys/bus/event_source/devices/uprobe/type").exists():
+        return Check("uprobes", FAILED, "this kernel has none", "use a kernel with CONFIG_UPROBE_EVENTS", needed=True)
+    if not _holds("CAP_SYS_ADMIN") and not has_uprobe_links():
+        # a uprobe's perf event is refused with CAP_PERFMON (EACCES on 6.1 and 6.18); links are not
+        return Check(
+            "uprobes", FAILED, "before Linux 6.10, which has uprobe links, they take CAP_SYS_ADMIN",
+            "run it with sudo", needed=True,
+        )  # fmt: skip
+    return Check("uprobes", OK, "functions are timed call by call", needed=True)
 
 
 def _event_loop() -> Check:

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -39,6 +39,7 @@ ACCEPT_PROBE = 1
 QUEUE_PROBE = 2
 COUNTER_PROBE = 3
 FIRST_LISTENER_PROBE = 4
+STACK_PROBE = 15
 FIRST_CALL_PROBE = 16
 MAX_PROBES = 256
 """Probe ids below ``FIRST_CALL_PROBE`` are fixed; functions follow in the order in which they were added."""
@@ -48,7 +49,7 @@ _ENTER, _RETURN = "call_enter_{}", "call_return_{}"
 _LOOP = "loop_{}"
 _LOOP_TRACEPOINTS = ("sys_enter", "sys_exit")
 U32 = np.dtype("<u4")
-_C_BYTES = {"unsigned long long": 8, "unsigned int": 4, "int": 4, "unsigned short": 2}
+_C_BYTES = {"unsigned long long": 8, "unsigned int": 4, "int": 4, "unsigned short": 2, "unsigned char": 1}
 _MAX_LOOPS = 256
 _MAX_CALLS_IN_PROGRESS = 8192
 
@@ -59,6 +60,16 @@ class CallProbe:
 
     probe: int
     decoder: Decoder
+
+
+@dataclass(frozen=True)
+class MoreSources:
+    """What joins a set of programs behind its own sources: file names, compiler flags, programs by kind, maps."""
+
+    names: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    programs: Mapping[str, str] = field(default_factory=dict)
+    maps: tuple[str, ...] = ()
 
 
 class LoadedPrograms:
@@ -131,6 +142,24 @@ class LoadedPrograms:
             totals[probe] = ProbeCounters(**{name: int(values[name].sum()) for name in values.dtype.names or ()})
         return totals
 
+    def program(self, name: str) -> int:
+        """Return the file descriptor of a program, which stays ours.
+
+        Raises:
+            SurroundingsError: the kernel refused it; says why.
+        """
+        if name in self._loaded.refused:
+            raise SurroundingsError(f"the kernel refuses the program {name}: {self._loaded.refused[name]}")
+        return self._loaded.programs[name]
+
+    def has(self, name: str) -> bool:
+        """Return whether a map was asked for."""
+        return name in self._loaded.maps
+
+    def map(self, name: str) -> int:
+        """Return the file descriptor of a map that was asked for; it stays ours."""
+        return self._loaded.maps[name]
+
     def close(self) -> None:
         """Detach everything and free the programs and maps."""
         self.detach_all()
@@ -140,11 +169,6 @@ class LoadedPrograms:
             os.close(fd)
         self._loaded.programs.clear()
         self._loaded.maps.clear()
-
-    def _program(self, name: str) -> int:
-        if name in self._loaded.refused:
-            raise SurroundingsError(f"the kernel refuses the program {name}: {self._loaded.refused[name]}")
-        return self._loaded.programs[name]
 
     def _keep(self, handle: int) -> int:
         self._attached.append(handle)
@@ -168,6 +192,7 @@ class Program(LoadedPrograms):
         iteration_min_ns: int,
         loop: bool = True,
         loop_plan: LoopPlan | None = None,
+        more: MoreSources | None = None,
         loader: Loader | None = None,
     ) -> None:
         """Compile and load the probes; nothing is attached yet.
@@ -179,6 +204,7 @@ class Program(LoadedPrograms):
             iteration_min_ns: shorter event loop iterations are counted and not sent.
             loop: compile the event loop's programs too.
             loop_plan: how the event loop is to be seen; by raw tracepoints when None.
+            more: sources that use the maps of these, to be compiled with them.
             loader: one that was started earlier, to save its start.
 
         Raises:
@@ -198,6 +224,7 @@ class Program(LoadedPrograms):
             f"-DPROBE_ACCEPT={ACCEPT_PROBE}",
             *(f"-DSYS_{name}={number}" for name, number in SYSTEM_CALLS.items()),
         ]
+        added = more or MoreSources()
         programs = {name.format(call.probe): UPROBE for call in calls for name in (_ENTER, _RETURN)}
 
         def load(loader: Loader | None) -> None:
@@ -206,11 +233,14 @@ class Program(LoadedPrograms):
             hooked = {name: TRACING if fentry else KPROBE for *_, name in hooks}
             tracepoints = dict.fromkeys(map(_LOOP.format, _LOOP_TRACEPOINTS), RAW_TRACEPOINT) if loop else {}
             text = join_sources(
-                ["calls.bpf.c", *(["loop.bpf.c"] if loop else [])], [*_instances(calls), *_hook_lines(hooks)]
+                ["calls.bpf.c", *(["loop.bpf.c"] if loop else []), *added.names],
+                [*_instances(calls), *_hook_lines(hooks)],
             )
             super(Program, self).__init__(
-                text, [*flags, f"-DBY_FENTRY={int(fentry)}"], programs | hooked | tracepoints,
-                ["calls_in_progress", *(["loops"] if loop else [])], ring_bytes=ring_bytes, loader=loader,
+                text, [*flags, *added.flags, f"-DBY_FENTRY={int(fentry)}"],
+                programs | hooked | tracepoints | dict(added.programs),
+                ["calls_in_progress", *(["loops"] if loop else []), *added.maps],
+                ring_bytes=ring_bytes, loader=loader,
             )  # fmt: skip
 
         try:
@@ -241,9 +271,9 @@ class Program(LoadedPrograms):
         Raises:
             SurroundingsError: the kernel refuses.
         """
-        returned = self._keep(attach_uprobe(self._program(_RETURN.format(probe)), path, offset, pid, is_return=True))
+        returned = self._keep(attach_uprobe(self.program(_RETURN.format(probe)), path, offset, pid, is_return=True))
         try:
-            program = self._program(_ENTER.format(probe))
+            program = self.program(_ENTER.format(probe))
             return self._keep(attach_uprobe(program, path, offset, pid, is_return=False)), returned
         except SurroundingsError:
             self.detach(returned)
@@ -264,7 +294,7 @@ class Program(LoadedPrograms):
         """
         try:
             for _, function, is_return, name in self._loop_hooks():
-                program = self._program(name)
+                program = self.program(name)
                 if self._loop_plan.rung == FENTRY_RUNG:
                     handle = attach_tracing(program, function)
                 else:
@@ -276,7 +306,7 @@ class Program(LoadedPrograms):
             self._loop_plan = LoopPlan()
         if not self._loop_handles:
             for tracepoint in _LOOP_TRACEPOINTS:
-                handle = attach_raw_tracepoint(self._program(_LOOP.format(tracepoint)), tracepoint)
+                handle = attach_raw_tracepoint(self.program(_LOOP.format(tracepoint)), tracepoint)
                 self._loop_handles.append(self._keep(handle))
         self.loop_rung = self._loop_plan.rung
 
@@ -398,6 +428,8 @@ def _check_layout(leaf_types: Mapping[str, str]) -> None:
         ("calls_in_progress", "event"),
         ("counters", "probe_counters"),
         ("loops", "loop_state"),
+        ("sampled", "sampled_thread"),
+        ("off_cpu", "stack_sample"),
         ("listeners", "watched_listener"),
         ("counted_requests", "counted_requests"),
     ):

@@ -78,7 +78,7 @@ class Recorder:
         Raises:
             StallscopeError: the file cannot be written; what was written before stays readable.
         """
-        with RecordingWriter(self.options.output, self._session.manifest()) as writer:
+        with RecordingWriter(self.options.output, self._session.manifest(), self._session.stacks) as writer:
             try:
                 return self._record(writer, on_progress)
             finally:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_
 from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
+from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
 from stallscope.tracer.capture.reconcile import Moment, take_moment, with_end
 from stallscope.tracer.capture.redis_target import (
     Target,
@@ -31,7 +32,8 @@ from stallscope.tracer.capture.traced import TracedSet, TraceOptions
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import Manifest, NamespaceInfo, ProbeCounters, TargetInfo
-from stallscope.tracer.recording import joined_events
+from stallscope.tracer.recording import empty_events, joined_events
+from stallscope.tracer.stack_table import StackTable
 
 READ_NS = 50_000_000
 """How often waiting records are fetched; nobody is woken for them."""
@@ -130,9 +132,11 @@ class Session:
         self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
         self._sampler = BacklogSampler()
+        self._stack_table: StackTable | None = None
         try:
             before_ns = measure_system_call_ns()
             self.started_ns = self._add(self._open_all())
+            self._stack_table = self._traced.stacks.table if self._traced.stacks is not None else None
             self.attached_ns = time.monotonic_ns()
             self._wall_offset_ns = time.time_ns() - self.attached_ns
             self._cpu_ns = own_cpu_ns()
@@ -163,6 +167,7 @@ class Session:
         if now_ns >= self._next_read or self._traced.is_filling:
             self._next_read = now_ns + READ_NS
             rows.append(self._look_at(self._traced.read()))
+            rows.append(self._take_stacks())
         if now_ns >= self._next_search:
             self._next_search = now_ns + _SEARCH_NS
             self._follow_targets()
@@ -186,9 +191,12 @@ class Session:
         # the last sample, the kernel's counters and ours at one moment: detaching takes tenths of a second
         sampled = self._sampler.sample(time.monotonic_ns())
         namespaces = self._finished_namespaces()
+        if self._traced.stacks is not None:  # before all else, so that no sample is later than the recording
+            self._traced.stacks.stop(time.monotonic_ns())
         ended_ns, unfinished, counters = self._traced.stop()
         missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
         counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
+        stacks = self._take_stacks(is_last=True)
         self._show(counters, ended_ns)
         manifest = replace(
             self.manifest(),
@@ -198,7 +206,12 @@ class Session:
             ended_by=ended_by,
             cost=self._cost(counters, ended_ns - self.started_ns, used_ns),
         )
-        return joined_events([sampled, counted, _without(unfinished, counted)]), counters, manifest
+        return joined_events([sampled, counted, stacks, _without(unfinished, counted)]), counters, manifest
+
+    @property
+    def stacks(self) -> StackTable | None:
+        """What the ``stack`` numbers of stack samples mean, for whoever writes the rows; it grows."""
+        return self._stack_table
 
     def unfinished(self) -> npt.NDArray[np.void]:
         """Return the calls and stalls that are under way (dtype ``EVENT``), as a recording that ends now holds them."""
@@ -271,6 +284,7 @@ class Session:
             rungs={
                 "functions": "uprobe",
                 "event loop": self._traced.loop_rung or "not measured",
+                **({"stacks": self._traced.stack_rung} if options.stacks is not None else {}),
                 "accept queue": sampled,
                 "overflows": self._traced.listener_rung or sampled.replace("sock_diag, ", "") + ", not per event",
             },
@@ -281,6 +295,7 @@ class Session:
                 "kernel": platform.release(),
                 "machine": platform.machine(),
                 "cpus": str(os.cpu_count() or 0),
+                "cpu": _cpu_model(),
             },
             notes=tuple(self._traced.notes),
         )
@@ -308,13 +323,25 @@ class Session:
         self._rows += np.bincount(events["probe"], minlength=MAX_PROBES)
         return events
 
+    def _take_stacks(self, *, is_last: bool = False) -> npt.NDArray[np.void]:
+        """Return the rows of the stack samples that were unwound meanwhile, or all that are left."""
+        stacks = self._traced.stacks
+        if stacks is None:
+            return empty_events()
+        rows, notes = stacks.finish() if is_last else stacks.take()
+        for text in notes:
+            self._traced.note(text)
+        return rows
+
     def _show(self, counters: dict[int, ProbeCounters], now_ns: int) -> None:
         """Update the progress."""
         progress = self.progress
         calls = [counter for probe, counter in counters.items() if probe >= FIRST_CALL_PROBE]
         progress.calls = sum(counter.hits for counter in calls)
-        progress.hits = sum(counter.hits for counter in counters.values())
-        progress.lost = sum(counter.missing for counter in counters.values())
+        # a sample that is lost is no event that is missing
+        events = [counter for probe, counter in counters.items() if probe != STACK_PROBE]
+        progress.hits = sum(counter.hits for counter in events)
+        progress.lost = sum(counter.missing for counter in events)
         progress.overflows = self._sampler.overflows()
         progress.elapsed_ns = max(now_ns - self.started_ns, 1)
         progress.traced_share = progress.calls * self._call_cost_ns / progress.elapsed_ns
@@ -437,6 +464,15 @@ class Session:
             self._targets[pid] = replace(
                 info, info=info.info | {f"{name}{suffix}": value for name, value in found.items()}
             )
+
+
+def _cpu_model() -> str:
+    """Return the model of the first CPU, "" where the kernel does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:

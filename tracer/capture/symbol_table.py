@@ -120,3 +120,8 @@ class SymbolTable:
             return None
         start = int(values[index])
         return Found(self.name_at(int(names[index])), start, int(ends[index]) - start, self.source)
+
+    def aliases(self, address: int) -> list[str]:
+        """Return every name of the function that starts at an address, in the order of the table."""
+        entries = self._entries[self._entries["value"] == np.uint64(address)]
+        return [self.name_at(int(offset)) for offset in entries["name"]]

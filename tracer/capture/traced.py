@@ -28,11 +28,16 @@ from stallscope.tracer.capture.program import (
     FIRST_LISTENER_PROBE,
     ITERATION_PROBE,
     QUEUE_PROBE,
+    STACK_PROBE,
     CallProbe,
     LoadedPrograms,
+    MoreSources,
     Program,
 )
 from stallscope.tracer.capture.redis_target import Target
+from stallscope.tracer.capture.stack_capture import StackCapture
+from stallscope.tracer.capture.stack_reader import stack_probe
+from stallscope.tracer.capture.stack_sampler import StackOptions, stack_sources
 from stallscope.tracer.capture.symbols import Resolution, resolve
 from stallscope.tracer.errors import StallscopeError, SurroundingsError
 from stallscope.tracer.layout import NO_STACK, UNFINISHED_NS
@@ -65,6 +70,7 @@ class TraceOptions:
         ring_bytes: size of each ring buffer, a power of two.
         on_demand: those of the functions that are attached only while detail is wanted.
         loop_on_demand: so are the raw tracepoints, where event loops are seen by them.
+        stacks: when to sample stacks, None for never.
     """
 
     functions: Sequence[str]
@@ -74,6 +80,7 @@ class TraceOptions:
     ring_bytes: int
     on_demand: frozenset[str] = frozenset()
     loop_on_demand: bool = False
+    stacks: StackOptions | None = None
 
 
 def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
@@ -104,6 +111,7 @@ class TracedSet:
         self._listener_loader: Loader | None = Loader() if may_be_hooked() else None
         self._is_listener_planned = False
         self._listener: ListenerProgram | None = None
+        self.stacks: StackCapture | None = None
         self._programs: list[LoadedPrograms] = []
         self._owner: dict[int, Program] = {}
         self._ids: dict[tuple[str, int, Decoder], int] = {}
@@ -182,6 +190,12 @@ class TracedSet:
         """Return how the listener is hooked: ``fentry``, ``kprobe``, both, or "" for not at all."""
         return " and ".join(sorted(set(self._listener.plan.rungs.values()))) if self._listener is not None else ""
 
+    @property
+    def stack_rung(self) -> str:
+        """Return how stacks are sampled."""
+        sampled = next((probe.rung for probe in self.probes if probe.id == STACK_PROBE), "")
+        return sampled or "not sampled"
+
     def counted_requests(self, *, watched: bool) -> dict[int, dict[str, int]]:
         """Return :meth:`ListenerProgram.counted_requests`; empty where the kernel's side is not hooked."""
         return self._listener.counted_requests(watched=watched) if self._listener is not None else {}
@@ -200,6 +214,8 @@ class TracedSet:
         self.standing.remove(pid)
         self.on_demand.remove(pid)
         self.base.unwatch_loop(pid)
+        if self.stacks is not None:
+            self.stacks.remove(pid)
         target = self.targets.pop(pid, None)
         if target is not None:
             target.close()
@@ -310,6 +326,8 @@ class TracedSet:
             totals |= program.counters(probe for probe, owner in owners.items() if owner is program)
         if self._listener is not None:
             totals |= self._listener.counters(LISTENER_PROBES)
+        if self.stacks is not None:
+            totals[STACK_PROBE] = self.stacks.counters()
         return totals
 
     def stop(self) -> tuple[int, npt.NDArray[np.void], dict[int, ProbeCounters]]:
@@ -345,6 +363,9 @@ class TracedSet:
             if loader is not None:
                 loader.close()
         self._loader = self._listener_loader = None
+        if self.stacks is not None:
+            self.stacks.close()
+        self.stacks = None
         self.standing.close()
         self.on_demand.close()
         for program in self._programs:
@@ -418,6 +439,7 @@ class TracedSet:
             iteration_min_ns=self.options.stall_ns,
             loop=first,
             loop_plan=loop_plan,
+            more=self._stack_sources() if first else None,
             loader=self._loader,
         )
         self._loader = None
@@ -426,6 +448,8 @@ class TracedSet:
         self.is_loop_on_demand |= (
             self.options.loop_on_demand and loop_plan is not None and loop_plan.rung == TRACEPOINT_RUNG
         )
+        if first:
+            self._load_stacks(program)
         if first and not self.is_loop_on_demand:
             try:
                 program.attach_loop()
@@ -435,6 +459,23 @@ class TracedSet:
             if program.loop_failure:
                 self.note(f"event loops are seen by {program.loop_rung}: {program.loop_failure}")
             self._set_loop_rung(program.loop_rung)
+
+    def _stack_sources(self) -> MoreSources | None:
+        try:
+            return stack_sources() if self.options.stacks is not None else None
+        except SurroundingsError as error:
+            self.note(f"stacks are not sampled: {error}")
+            return None
+
+    def _load_stacks(self, program: Program) -> None:
+        if self.options.stacks is None or not program.has("stack_samples"):
+            return
+        try:
+            self.stacks = StackCapture(program, self.options.stacks, self.options.stall_ns)
+        except SurroundingsError as error:
+            self.note(f"stacks are not sampled: {error}")
+            return
+        self.probes.append(stack_probe(self.options.stacks))
 
     def _set_loop_rung(self, rung: str) -> None:
         self.loop_rung = rung
@@ -457,6 +498,13 @@ class TracedSet:
                 for info in self.probes
             ]
         self.base.watch_loop(target.pid)
+        if self.stacks is not None:
+            try:
+                self.stacks.prepare(target.pid)
+                if not self.stacks.options.on_demand:
+                    self.stacks.add(target.pid)
+            except SurroundingsError as error:
+                self.note(str(error))
         self.targets[target.pid] = target
         for text in self.on_demand.add(target.pid, [place for place in plan if place.on_demand]):
             self.note(text)

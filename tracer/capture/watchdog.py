@@ -81,7 +81,9 @@ class _Loop:
     crons: deque[Span] = field(default_factory=lambda: deque(maxlen=_CRONS_KEPT))
     period_ns: int = 0
     ended: list[Span] = field(default_factory=list)
-    delays: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_DELAYS_KEPT))
+    looked_ns: int = 0
+    delay_ns: int = 0
+    delays: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=_DELAYS_KEPT))
 
     def look(self) -> tuple[bool, bool]:
         """Return whether it waits for events, and whether it has read or written since the last look."""
@@ -92,17 +94,16 @@ class _Loop:
         return waits, moved
 
     def look_at_run_delay(self, now_ns: int) -> None:
-        """Keep how long it has ever been ready to run and without a CPU, each time that has changed."""
+        """Keep how long it was ready to run and without a CPU since the last look."""
         delay_ns = int(os.pread(self.files["schedstat"], 96, 0).split()[1])
-        if not self.delays or self.delays[-1][1] != delay_ns:
-            self.delays.append((now_ns, delay_ns))
+        if self.looked_ns and delay_ns != self.delay_ns:
+            self.delays.append((self.looked_ns, now_ns, delay_ns - self.delay_ns))
+        self.looked_ns, self.delay_ns = now_ns, delay_ns
 
     def run_delay_ns(self, span: Span) -> int:
-        """Return how long of a span that was, as far as it is known."""
-        before = [delay_ns for now_ns, delay_ns in self.delays if now_ns <= span.start_ns]
-        until = [delay_ns for now_ns, delay_ns in self.delays if now_ns <= span.end_ns + self.standstill.interval_ns]
-        first = before[-1] if before else self.delays[0][1]
-        return min(until[-1] - first, span.duration_ns) if until else 0
+        """Return how long of a span that was: the delays that ended in it or at the first look after it."""
+        within = [delay for since, until, delay in self.delays if until > span.start_ns and since < span.end_ns]
+        return min(sum(within), span.duration_ns)
 
     def _is_stopped(self) -> bool:
         text = os.pread(self.files["stat"], 64, 0)
@@ -296,8 +297,8 @@ class Watchdog:
 
 def _has_io_threads(tasks: Path) -> bool:
     """Return whether a server has threads that read and write for its event loop (Redis 6, Valkey: io_thd_1...)."""
-    for task in tasks.iterdir():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for task in tasks.iterdir():
             if (task / "comm").read_text(encoding="utf-8", errors="replace").startswith("io_thd"):
                 return True
     return False

@@ -39,16 +39,23 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
     help="Leave out shorter calls; their time becomes their callers'.",
 )  # fmt: skip
 @click.option(
+    "--samples", is_flag=True,
+    help="Write the stack samples of record --stacks instead of the traced calls; folded and speedscope.",
+)  # fmt: skip
+@click.option(
     "--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
     help="Print the JSON Schema of an NDJSON line, which documents all columns, and end.",
 )  # fmt: skip
-def export(file: Path, format_name: str, output: Path | None, force: bool, min_duration: int) -> None:
+def export(
+    file: Path, format_name: str, output: Path | None, force: bool, min_duration: int, samples: bool
+) -> None:  # fmt: skip
     """Write a recording in the format of another tool. Needs no root.
 
     \b
     Examples:
       stallscope export night.stall -f perfetto
       stallscope export night.stall -f folded -o - | flamegraph.pl --countname us > night.svg
+      stallscope export night.stall -f speedscope --samples
       stallscope export night.stall -f csv --min-duration 1ms -o slow.csv
     """
     from stallscope.reports.export.destination import new_export_path, open_export
@@ -60,15 +67,20 @@ def export(file: Path, format_name: str, output: Path | None, force: bool, min_d
     chosen = FORMATS[format_name]
     if output == STDOUT and not chosen.is_text:
         raise UsageError(f"{chosen.name} is a binary format; name a file with -o")
+    if samples and chosen.load_samples is None:
+        able = " or ".join(item.name for item in FORMATS.values() if item.load_samples)
+        raise UsageError(f"{chosen.name} has its stack samples among its rows or none; use --samples with -f {able}")
     recording = read_recording(file)
     path = None if output == STDOUT else new_export_path(output or chosen.beside(file), file, force=force)
     analysis, left_out = without_short_calls(analyse(recording), min_duration)
     if left_out:
         click.echo(f"{left_out:,} calls shorter than {format_duration_ns(min_duration)} were left out", err=True)
-    rows = count_rows(analysis)
+    if samples and analysis.samples.frame.empty:
+        raise UsageError(f"{file} has no stack samples; record with --stacks")
+    rows = len(analysis.samples.frame) if samples else count_rows(analysis)
     if chosen.many_rows is not None and rows > chosen.many_rows:
         click.echo(f"{rows:,} events: {chosen.why}; leave out short calls with --min-duration", err=True)
-    write = chosen.load()
+    write = chosen.load_samples() if samples and chosen.load_samples else chosen.load()
     if path is None:
         write(analysis, sys.stdout.buffer)
         sys.stdout.buffer.flush()

@@ -63,11 +63,19 @@ _MAX_LOST_SHARE = 0.01
 @click.option(
     "--ring-size", type=SIZE, default="8M", show_default=True, help="Ring buffer between kernel and recorder."
 )
+@click.option(
+    "--stacks", is_flag=False, flag_value="always", type=click.Choice(["always", "stalls"]),
+    help="Sample the stacks of the servers' main threads: always (the default of --stacks), or in stalls only.",
+)  # fmt: skip
+@click.option(
+    "--stack-rate", type=click.IntRange(99, 999), default=199, show_default=True, metavar="HZ",
+    help="Stack samples a second of CPU time, from 99 to 999.",
+)  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="No progress line.")
 def record(
     pids: tuple[int, ...], ports: tuple[int, ...], duration: int, output: Path | None, force: bool,
     probes: tuple[str, ...], no_default_probes: bool, min_duration: int, stall: int, sample: int,
-    ring_size: int, quiet: bool,
+    ring_size: int, stacks: str | None, stack_rate: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Record the slow calls of live Redis servers, with their accept queues beside them.
 
@@ -79,9 +87,11 @@ def record(
       stallscope record --port 6379 -d 30s
       stallscope record -p 4711 -p 4712 --min-duration 1ms -o night.stall
       stallscope record -p 4711 --probe dictRehashMilliseconds --probe libc:madvise
+      stallscope record --port 6379 --stacks=stalls --stack-rate 499
     """
     from stallscope.tracer.capture.recorder import Recorder, RecordOptions
     from stallscope.tracer.capture.session import SessionOptions
+    from stallscope.tracer.capture.stack_sampler import StackOptions
     from stallscope.tracer.capture.traced import TraceOptions, requested_functions
     from stallscope.tracer.recording import new_recording_path
 
@@ -94,8 +104,9 @@ def record(
     if ring_size < 65536 or ring_size & (ring_size - 1):
         raise UsageError("--ring-size must be a power of two and at least 64K, as 8M")
     trace = TraceOptions(
-        requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size
-    )
+        requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size,
+        stacks=StackOptions(1_000_000_000 // stack_rate, stacks == "always") if stacks else None,
+    )  # fmt: skip
     password = os.environ.get("REDISCLI_AUTH", "")
     session = SessionOptions(pids, ports, trace, no_default_probes, password, tuple(sys.argv))
     options = RecordOptions(session, new_recording_path(output, force=force), duration)

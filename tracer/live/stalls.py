@@ -23,7 +23,7 @@ class Cause:
     Attributes:
         probe: the function with the greatest self time, None when more was outside every traced call.
         path: the probe ids from the root to it, in its longest call.
-        calls, self_ns: of that function, in the stall.
+        calls, self_ns: of that function, in the stall; of what is outside every traced call, 0 and its time.
         covered_ns: the part of the stall up to its end for which the calls were known.
     """
 
@@ -85,7 +85,7 @@ def _dominating(calls: npt.NDArray[np.void], from_ns: int, end_ns: int) -> Cause
     """Return the cause of the time from one moment to the other, from the calls that ended in it."""
     covered_ns = end_ns - from_ns
     if not len(calls):
-        return Cause(None, (), 0, 0, covered_ns)
+        return Cause(None, (), 0, covered_ns, covered_ns)
     start = np.maximum(calls["start_ns"], from_ns)
     duration = calls["end_ns"] - start
     # a caller returns after what it calls: of equal spans the one that came later is around the other

@@ -102,12 +102,13 @@ class StallView:
         cause: the function in which most of the time was spent itself, not in traced functions that it called;
             "" when that was outside every traced function.
         path: the functions from the outermost to ``cause``, in its longest call.
-        cause_calls, cause_self_ns: its calls in the stall, and their own time.
+        cause_calls, cause_self_ns: its calls in the stall, and their own time; 0 and the time outside where there
+            is no cause.
         covered_ns: the part of the stall, up to its end, from which the calls were still known: less than
             ``duration_ns`` where more calls were made than are kept.
         queue_max, queue_limit: of the fullest accept queue of the process, None where none was sampled.
         overflows: ListenOverflows seen from its start until one sampling interval after its end, in all namespaces
-            watched.
+            watched; what may belong to the stall before it as well counts there.
     """
 
     wall_ns: int
@@ -147,7 +148,8 @@ class LiveView:
         loop: None where the event loop cannot be followed.
         overflows: ListenOverflows since the start in all namespaces watched; overflows_in_interval: since the record
             before; overflow_history: by second, oldest first.
-        blocked: stalls under way; recent_stalls: the last ones that ended, the newest first.
+        blocked: stalls under way; recent_stalls: the last ones that ended, the newest first;
+            worst_stall: the longest since the start.
         stalls: those not told before, oldest first; one that ended a moment ago is told next time, when the accept
             queue after it is known.
         lost: events that were seen and could not be kept.
@@ -172,6 +174,7 @@ class LiveView:
     overflow_history: tuple[int, ...]
     blocked: tuple[BlockedView, ...]
     recent_stalls: tuple[StallView, ...]
+    worst_stall: StallView | None
     stalls: tuple[StallView, ...]
     lost: int
     traced_share: float
@@ -179,9 +182,9 @@ class LiveView:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data: the fields above, without what earlier records told (histories, recent stalls)."""
+        """Return plain JSON data: the fields above, without what earlier records told (histories, earlier stalls)."""
         document = dataclasses.asdict(self)
-        for name in ("overflow_history", "recent_stalls"):
+        for name in ("overflow_history", "recent_stalls", "worst_stall"):
             del document[name]
         for listener in document["listeners"]:
             del listener["history"]

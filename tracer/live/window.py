@@ -43,6 +43,7 @@ class _Stall:
 
     start_ns: int
     end_ns: int
+    previous_end_ns: int
     view: StallView
     settled: bool = False
 
@@ -78,6 +79,7 @@ class LiveWindow:
         self._calls = RecentCalls()
         self._stalls: deque[_Stall] = deque(maxlen=KEPT_STALLS)
         self._untold: deque[_Stall] = deque(maxlen=KEPT_STALLS)
+        self._worst: _Stall | None = None
         self._snapshots = deque([_Snapshot(manifest.started_ns, {}, ProbeCounters())])
         self.know(manifest)
 
@@ -160,6 +162,7 @@ class LiveWindow:
             overflow_history=self._overflows.by_second(now_ns),
             blocked=blocked,
             recent_stalls=tuple(stall.view for stall in reversed(self._stalls)),
+            worst_stall=self._worst.view if self._worst else None,
             stalls=tuple(self._tell(is_last=is_last)),
             lost=sum(counter.missing for counter in counters.values()),
             traced_share=cost.traced_share,
@@ -209,14 +212,18 @@ class LiveWindow:
             queue_limit=None,
             overflows=0,
         )
-        kept = _Stall(start_ns, start_ns + duration_ns, stall)
+        previous = max((one.end_ns for one in self._stalls if one.view.pid == pid), default=0)
+        kept = _Stall(start_ns, start_ns + duration_ns, previous, stall)
         self._stalls.append(kept)
         self._untold.append(kept)
+        if self._worst is None or duration_ns > self._worst.view.duration_ns:
+            self._worst = kept
 
     def _settle(self, now_ns: int) -> None:
         """Fill in what the samples said of each stall, until the one after its end is surely here."""
         after_ns = self._manifest.sample_ns
-        for stall in {id(one): one for one in (*self._stalls, *self._untold) if not one.settled}.values():
+        known = [*self._stalls, *self._untold, *([self._worst] if self._worst else [])]
+        for stall in {id(one): one for one in known if not one.settled}.values():
             seen = [
                 (longest, queue.limit)
                 for queue in self._queues.values()
@@ -224,7 +231,8 @@ class LiveWindow:
                 and (longest := queue.longest_between(stall.start_ns, stall.end_ns + after_ns)) is not None
             ]
             longest, limit = max(seen, key=lambda pair: pair[0] / max(pair[1], 1), default=(None, None))
-            overflows = self._overflows.between(stall.start_ns, stall.end_ns + after_ns)
+            since_ns = max(stall.start_ns, stall.previous_end_ns + after_ns)
+            overflows = self._overflows.between(since_ns, stall.end_ns + after_ns)
             stall.view = replace(stall.view, queue_max=longest, queue_limit=limit, overflows=overflows)
             stall.settled = now_ns - stall.end_ns > 2 * after_ns + _SETTLED_NS
 

@@ -6,21 +6,26 @@ Examples:
     incident.py -- stallscope record --pid {pid} -o a.stall
     incident.py --build 5.0.6 --load-json fixed.json -- stallscope record --pid {pid} -o fixed.stall
     incident.py --recipe small-buffers --build 2.8.17-patched -- sleep 10
+    incident.py --wait-for attached --attach 1 --interrupt -- stallscope record --pid {pid} -o a.stall
 
 {pid} and {port} are replaced in the command, which starts when every client is in place and the load begins.
 Nothing can stall before --attach seconds (5 by default) have passed: until then the stuck uploaders send a
 byte now and then, so that their buffers are not trimmed. Give more where attaching is slow, as in an
-emulated machine. The load ends 2 s after the trims; the exit code is the command's.
+emulated machine. The load ends 2 s after the trims; the exit code is the command's. With --interrupt the
+command gets SIGINT at that moment, and the clients leave when it is done: what it records is the load alone. With
+--wait-for the load begins when the command has said so on stderr, so that nothing depends on how long it takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -62,6 +67,7 @@ class PreparedLoad:
     def __init__(self, process: subprocess.Popen[bytes], messages: IO[bytes]) -> None:
         self._process = process
         self._messages = messages
+        self._over = False
 
     def start(self) -> None:
         """Begin the measured window."""
@@ -76,6 +82,14 @@ class PreparedLoad:
         """Whether the load is still preparing, waiting or under way."""
         return self._process.poll() is None
 
+    @property
+    def over(self) -> bool:
+        """Whether the window has ended; the clients stay until ``outcome`` is asked for."""
+        assert self._process.stdout is not None
+        if not self._over and select.select([self._process.stdout], [], [], 0)[0]:
+            self._over = self._process.stdout.readline() == b"over\n"
+        return self._over
+
     def outcome(self) -> Outcome:
         """Wait for the end of the window and return what the clients met.
 
@@ -88,7 +102,7 @@ class PreparedLoad:
             raise LabError(f"the load did not end within {REPORT_TIMEOUT_S:.0f} s; is the server stopped?") from None
         if self._process.returncode != 0:
             raise self._failure()
-        return Outcome.from_json(document.decode())
+        return Outcome.from_json(document.decode().removeprefix("over\n"))
 
     def _wait_until_prepared(self) -> None:
         assert self._process.stdout is not None
@@ -141,10 +155,16 @@ def run(
     build: str | Path = "2.8.17",
     recipe: Recipe | str = "incident",
     port: int | None = None,
+    interrupt: bool = False,
+    wait_for: str = "",
 ) -> Result:
     """Run a command beside the load on a server of its own; ``{pid}`` and ``{port}`` are replaced in it.
 
     When the command fails before the load is over, the load is cut short and there is no outcome.
+
+    Args:
+        wait_for: begin the load when the command has written this to stderr; "": at once.
+        interrupt: send the command SIGINT when the window ends, and let the clients leave when it is done.
 
     Raises:
         LabError: the server or the load failed, or the command could not be started.
@@ -157,12 +177,17 @@ def run(
         if not command:
             load.start()
             return Result(None, load.outcome())
-        with _running_command(_fill_in(command, server)) as process:
+        with _running_command(_fill_in(command, server), wait_for) as (process, has_said):
+            while not has_said.is_set() and process.poll() is None:
+                time.sleep(LOOK_INTERVAL_S)
             load.start()
-            while load.running:
+            while load.running and not load.over:
                 if process.poll():
                     return Result(_status(process), None)
                 time.sleep(LOOK_INTERVAL_S)
+            if interrupt and load.over:
+                process.send_signal(signal.SIGINT)
+                process.wait()
             outcome = load.outcome()
             process.wait()
             return Result(_status(process), outcome)
@@ -173,13 +198,22 @@ def _fill_in(command: Sequence[str], server: Server) -> list[str]:
 
 
 @contextmanager
-def _running_command(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+def _running_command(
+    command: Sequence[str], wait_for: str
+) -> Iterator[tuple[subprocess.Popen[bytes], threading.Event]]:
+    """Run it; yield it, and what is set when it has written those words to stderr, at once without any."""
+    has_said = threading.Event()
+    if not wait_for:
+        has_said.set()
     try:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE if wait_for else None)
     except OSError as error:
         raise LabUsageError(f"cannot run {command[0]}: {error.strerror}; is it installed and on PATH?") from None
+    relay = threading.Thread(target=_relay, args=(process.stderr, wait_for.encode(), has_said), daemon=True)
+    if wait_for:
+        relay.start()
     try:
-        yield process
+        yield process, has_said
     except KeyboardInterrupt:
         # The terminal sent it to the command as well: let it finish what it writes.
         with suppress(subprocess.TimeoutExpired):
@@ -187,6 +221,22 @@ def _running_command(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]
         raise
     finally:
         stop(process)
+        if wait_for:
+            # a grandchild may hold the pipe open for longer
+            relay.join(STOP_TIMEOUT_S)
+
+
+def _relay(pipe: IO[bytes], words: bytes, has_said: threading.Event) -> None:
+    """Pass on what a command says, and look for the words in it."""
+    said = b""
+    with pipe:
+        while part := os.read(pipe.fileno(), 65536):
+            sys.stderr.buffer.write(part)
+            sys.stderr.buffer.flush()
+            if not has_said.is_set():
+                said += part
+                if words in said:
+                    has_said.set()
 
 
 def _status(process: subprocess.Popen[bytes]) -> int:
@@ -212,6 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             build=options.server or options.build,
             recipe=chosen_recipe(options),
             port=None if options.port == "auto" else int(options.port),
+            interrupt=options.interrupt,
+            wait_for=options.wait_for,
         )
         if result.outcome is None:
             print(f"incident.py: {command[0]} failed early: the load was cut short", file=sys.stderr)
@@ -243,6 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe_options(parser, "incident")
     parser.add_argument("--port", type=_port, default="auto", help="a port, or auto for a free one (default)")
     parser.add_argument("--load-json", type=Path, metavar="FILE", help="write what the clients met to FILE")
+    parser.add_argument("--wait-for", default="", metavar="WORDS", help="begin when the command said so on stderr")
+    parser.add_argument("--interrupt", action="store_true", help="end the command by SIGINT when the load is over")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run meanwhile")
     return parser
 

@@ -3,7 +3,7 @@
 
 Transparent huge pages are off for this process alone, whatever the machine's setting: with them the copies
 that stall Redis are five times shorter. The kernel kills it when PARENT, which started it, dies by whatever
-death. It may open FILES descriptors. The pid stays the same.
+death. It may open FILES descriptors. Its niceness holds for its session too. The pid stays the same.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 
 PR_SET_PDEATHSIG = 1
 PR_SET_THP_DISABLE = 41
@@ -22,6 +23,7 @@ def main(parent: int, files: int, command: list[str]) -> None:
     die_with(parent)
     _prctl(PR_SET_THP_DISABLE, 1)
     allow_files(files)
+    carry_niceness()
     os.execv(command[0], command)
 
 
@@ -41,6 +43,19 @@ def allow_files(files: int) -> int:
         except (ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def carry_niceness() -> None:
+    """Give the session of this process its own niceness, where that is not 0.
+
+    Where the kernel shares the processors out among sessions first (kernel.sched_autogroup_enabled), niceness
+    counts inside a session only: a server in a session of its own would lose what ``nice`` gave its parent.
+    """
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    if niceness != 0:
+        # No such file where the kernel does not do so; without root it refuses what is below 0.
+        with suppress(OSError), open("/proc/self/autogroup", "w") as group:  # noqa: PTH123
+            group.write(str(niceness))
 
 
 def _prctl(option: int, value: int) -> None:

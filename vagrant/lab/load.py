@@ -6,7 +6,8 @@ Examples:
     load.py --port 6379 --recipe quiet --rate 500 --duration 3
     load.py --recipes
 
-With --handshake it prints "prepared" when every held client is in place, and starts on a line on stdin.
+With --handshake it prints "prepared" when every held client is in place, and starts on a line on stdin; at its
+end it prints "over" and lets no client go before another line, or the end of stdin.
 """
 
 from __future__ import annotations
@@ -67,12 +68,20 @@ class _Role:
     stage: Stage
 
 
-def put_load(
-    recipe: Recipe, port: int, host: str = "127.0.0.1", at_prepared: Callable[[], None] = lambda: None
-) -> Outcome:
-    """Prepare the held clients, call ``at_prepared``, put the load on and return what happened.
+def _nothing() -> None:
+    pass
 
-    It forks, so call it from a process with one thread.
+
+def put_load(
+    recipe: Recipe,
+    port: int,
+    host: str = "127.0.0.1",
+    at_prepared: Callable[[], None] = _nothing,
+    at_end: Callable[[], None] = _nothing,
+) -> Outcome:
+    """Prepare the held clients, call ``at_prepared``, put the load on, call ``at_end``, return what happened.
+
+    The load goes on until ``at_end`` returns. It forks, so call it from a process with one thread.
 
     Raises:
         LabError: a bound is broken, the server cannot be reached, or a role failed.
@@ -99,6 +108,7 @@ def put_load(
         while time.monotonic() < end_s and not trimmed.is_set():
             _fail_if_one_ends(roles, min(0.05, end_s - time.monotonic()))
         _fail_if_one_ends(roles, max(0.0, min(recipe.after_s, end_s - time.monotonic())))
+        at_end()
         stop.set()
         elapsed_s = (time.monotonic_ns() - started_ns) / 1e9
         reports = {role.name: _report(role) for role in roles}
@@ -175,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.port is None:
             raise LabUsageError("no --port is given; name the port of a Redis server on loopback")
-        at_prepared = _handshake if options.handshake else lambda: None
-        outcome = put_load(chosen_recipe(options), options.port, options.host, at_prepared)
+        handshakes = (_wait_for_the_start, _wait_for_leave_to_end) if options.handshake else ()
+        outcome = put_load(chosen_recipe(options), options.port, options.host, *handshakes)
         print(outcome.to_json(), flush=True)
     except LabError as error:
         print(f"load.py: {error}", file=sys.stderr)
@@ -186,10 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _handshake() -> None:
+def _wait_for_the_start() -> None:
     print("prepared", flush=True)
     if not sys.stdin.readline():
         raise LabError("nobody asked for the start; the command that prepared this load is gone")
+
+
+def _wait_for_leave_to_end() -> None:
+    print("over", flush=True)
+    sys.stdin.readline()
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, default: str) -> None:

@@ -115,7 +115,8 @@ def find_server(build: str | Path) -> Path:
         LabError: there is no such build, or it is not built yet; the message names the command.
     """
     if isinstance(build, Path) or "/" in build:
-        path = Path(build).resolve()
+        # Not resolved: Debian's redis-server is a link, and its name says what it is to do.
+        path = Path(build).absolute()
         if not path.is_file():
             raise LabUsageError(f"there is no redis-server at {path}; give the path of one, or --build NAME")
         return path

@@ -13,7 +13,7 @@ from .errors import MachineError
 
 LEFT_OUT = frozenset(
     {
-        ".git", ".venv", ".vm", ".vagrant", ".cache", ".hypothesis", ".mypy_cache", ".pytest_cache",
+        ".case", ".git", ".venv", ".vm", ".vagrant", ".cache", ".hypothesis", ".mypy_cache", ".pytest_cache",
         ".ruff_cache", "__pycache__", "build", "dist", "node_modules",
     }
 )  # fmt: skip

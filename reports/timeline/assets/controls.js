@@ -115,6 +115,7 @@ function listen() {
   };
   for (const [id, act] of Object.entries(actions)) byId(id).addEventListener("click", act);
   document.querySelectorAll("[data-clock]").forEach((button) => button.addEventListener("click", () => setClock(button.dataset.clock)));
+  byId("icicle-kind").addEventListener("click", chooseIcicle);
   byId("heat-function").addEventListener("change", ({ target }) => {
     state.heatFunction = Number(target.value);
     draw();

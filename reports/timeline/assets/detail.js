@@ -81,8 +81,7 @@ function treeOf(stall) {
   return rows;
 }
 
-function drawIcicle(stall) {
-  const colours = theme();
+function callNodes(stall, colours) {
   const rows = treeOf(stall);
   const here = new Set(rows.map((row) => row.path));
   const whole = `stall ${duration(stall.duration_ns)}`;
@@ -100,6 +99,17 @@ function drawIcicle(stall) {
       hover: `<b>${name}</b><br>${plural(row.calls, "call")}, ${duration(row.total)} (${share}% of the stall)<br>self ${duration(row.own)}, longest ${duration(row.longest)}`,
     });
   }
+  return nodes;
+}
+
+// The flame graph of a stall: of its traced calls, or of its sampled stacks where those tell more.
+function drawIcicle(stall) {
+  const colours = theme();
+  const sampled = samplesOf(stall);
+  const explained = 2 * stall.explained_ns >= stall.duration_ns;
+  const kind = sampled.length ? state.icicle || (explained ? "calls" : "samples") : "calls";
+  showKinds(kind, sampled.length > 0);
+  const nodes = kind === "samples" ? sampledNodes(stall, sampled, colours) : callNodes(stall, colours);
   const shown = nodes.filter((node) => node.value > 0 || node.id !== "rest");
   const box = document.getElementById("icicle");
   Plotly.react(box, [{
@@ -109,7 +119,7 @@ function drawIcicle(stall) {
     textfont: { size: 12, color: shown.map((node) => node.ink) }, hoverlabel: { align: "left", bgcolor: colours.panel, bordercolor: colours.faint, font: { color: colours.ink, family: FONT } },
   }], {
     width: box.clientWidth, height: box.clientHeight, margin: { l: 0, r: 0, t: 0, b: 0 }, paper_bgcolor: colours.panel,
-    font: { family: FONT, color: colours.ink }, uniformtext: { minsize: 11, mode: "hide" }, uirevision: stall.index,
+    font: { family: FONT, color: colours.ink }, uniformtext: { minsize: 11, mode: "hide" }, uirevision: `${stall.index} ${kind}`,
   }, CONFIG);
 }
 

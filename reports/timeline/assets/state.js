@@ -1,7 +1,7 @@
 // What is shown now: the window, the clock, the chosen stall; and the data, read once.
 
 const page = JSON.parse(document.getElementById("document").textContent);
-const state = { from: 0, to: page.elapsed_ns, clock: "start", stall: -1, heatFunction: -1, sample: 0 };
+const state = { from: 0, to: page.elapsed_ns, clock: "start", stall: -1, heatFunction: -1, sample: 0, icicle: "" };
 let data = null;
 
 const LEAST_WINDOW_NS = 1000;
@@ -62,6 +62,7 @@ function readData(columns) {
       "connections", "explained_ns", "tree"]),
     packets: page.imported.packets.map((_, index) => group(`packets.${index}`, ["bin", "count"])),
     spans: page.imported.spans.map((_, index) => group(`spans.${index}`, ["start_ns", "duration_ns", "uncertain_ns", "text"])),
+    sampled: group("sampled", ["stall", "function", "samples", "weight_ns", "self_ns", "off_ns", "caller"]),
     trees: group("trees", ["stall", "path", "calls", "total_ns", "self_ns", "longest_ns"]),
   };
   linkCalls();

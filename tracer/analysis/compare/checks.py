@@ -125,7 +125,8 @@ def clustering(runs: Sequence[Run], found: Sequence[tuple[Ints, Ints]]) -> float
         counts = []
         for run, (times, weights) in zip(runs, found, strict=True):
             number = max(round(run.seconds / block_s), 1)
-            counts.append(np.histogram(times / 1e9, bins=number, range=(0, run.seconds), weights=weights)[0])
+            place = np.clip((times * (number / (run.seconds * 1e9))).astype(np.int64), 0, number - 1)
+            counts.append(np.bincount(place, weights=weights, minlength=number))
         together = np.concatenate(counts).astype(float)
         if len(together) > 1:
             factor = max(factor, float(np.var(together, ddof=1) / np.mean(together)))

@@ -183,7 +183,7 @@ def compare(
     for subject in subjects(before, after):
         reason = next((one.text for one in found if one.touches(subject)), "")
         changes += changes_of(before, after, subject, confidence, variation, reason)
-    adjusted = _holm(changes, 1 - confidence)
+    adjusted = corrected(changes, 1 - confidence)
     comparison = Comparison(
         headline="",
         before=tuple(run_summaries(before)),
@@ -412,7 +412,7 @@ def side_factor(side: Sequence[Spans]) -> float:
     return max(found)
 
 
-def _holm(changes: Sequence[Change], level: float) -> list[Change]:
+def corrected(changes: Sequence[Change], level: float) -> list[Change]:
     """Return the changes with p values corrected for their number (Holm 1979), and whether they are significant."""
     tested = [index for index, change in enumerate(changes) if _tested(change)]
     order = sorted(tested, key=lambda index: changes[index].p_value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import special, stats
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def rate_bounds(count: float, exposure: float, confidence: float, factor: float 
 
 def upper_count(count: float, confidence: float) -> float:
     """Return the greatest mean of which so few events are not too unlikely, one-sided; 3.0 for none at 95%."""
-    return float(stats.gamma.ppf(confidence, count + 1))
+    return float(special.gammaincinv(count + 1, confidence))
 
 
 def lower_count(count: float, confidence: float) -> float:
     """Return the least mean of which so many events are not too unlikely, one-sided; 0 for none."""
-    return float(stats.gamma.ppf(1 - confidence, count)) if count > 0 else 0.0
+    return float(special.gammaincinv(count, 1 - confidence)) if count > 0 else 0.0
 
 
 def ratio_bounds(
@@ -59,8 +59,8 @@ def ratio_bounds(
     (count1, exposure1), (count2, exposure2) = before, after
     one, two = count1 / factor, count2 / factor
     tail = (1 - confidence) / 2
-    low = float(stats.beta.ppf(tail, two, one + 1)) if two else 0.0
-    high = float(stats.beta.ppf(1 - tail, two + 1, one)) if one else 1.0
+    low = float(special.betaincinv(two, one + 1, tail)) if two else 0.0
+    high = float(special.betaincinv(two + 1, one, 1 - tail)) if one else 1.0
     scale = exposure1 / exposure2
     value = math.nan if not count1 and not count2 else math.inf if not count1 else count2 / count1 * scale
     return Interval(value, _odds(low) * scale, _odds(high) * scale)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stallscope.tracer.analysis.rules import listener, recording, redis
+from stallscope.tracer.analysis.rules import listener, recording, redis, samples
 from stallscope.tracer.analysis.rules.rule import Rule
 
-RULES: tuple[Rule, ...] = (*redis.RULES, *listener.RULES, *recording.RULES)
+RULES: tuple[Rule, ...] = (*redis.RULES, *samples.RULES, *listener.RULES, *recording.RULES)
 """All of them; findings of one weight keep this order."""

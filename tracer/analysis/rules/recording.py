@@ -9,7 +9,7 @@ from stallscope.tracer.analysis.blame import NO_KNOWN_CAUSE
 from stallscope.tracer.analysis.findings import CLEARED, CONTRIBUTES, NOTICE, Evidence
 from stallscope.tracer.analysis.rules.rule import KEPT_EVIDENCE, Found, Rule, since_start
 from stallscope.tracer.analysis.stalls import loop_observed
-from stallscope.tracer.manifest import CALL
+from stallscope.tracer.manifest import CALL, STACK
 from stallscope.tracer.units import format_count, format_duration_ns
 
 
@@ -34,10 +34,15 @@ def no_known_cause(analysis: Analysis) -> Iterator[Found]:
 
 
 def losses(analysis: Analysis) -> Iterator[Found]:
-    """Events that were seen and could not be kept."""
+    """Events that were seen and could not be kept; samples of stacks are none."""
     counters = analysis.recording.counters
     names = {probe.id: probe.name for probe in analysis.manifest.probes}
-    missing = {probe: item.missing for probe, item in counters.by_probe.items() if item.missing} if counters else {}
+    sampled = {probe.id for probe in analysis.manifest.probes if probe.kind == STACK}
+    missing = (
+        {probe: item.missing for probe, item in counters.by_probe.items() if item.missing and probe not in sampled}
+        if counters
+        else {}
+    )
     if not missing:
         return
     most = sorted(missing.items(), key=lambda item: -item[1])[:KEPT_EVIDENCE]
