@@ -95,6 +95,9 @@ def _about(summary: Summary) -> list[Line]:
         loop = summary.loop
         share = f" ({percent(loop.busy_ns, summary.elapsed_ns)} of the time)" if len(summary.targets) == 1 else ""
         iterations = format_count(loop.iterations, "event loop iteration")
+        if loop.seen_ns is not None:
+            iterations += f" in the {format_duration_ns(loop.seen_ns)} in which detail was attached"
+            share = ""
         lines.append(faint(f"{iterations}, busy for {format_duration_ns(loop.busy_ns)}{share}"))
     return lines
 

@@ -139,6 +139,8 @@ def key_numbers(timeline: Timeline) -> tuple[KeyNumber, ...]:
     loop = summary.loop
     if loop and timeline.elapsed_ns:
         share = f"{loop.busy_ns / timeline.elapsed_ns:.1%} of the time" if len(summary.targets) == 1 else "all servers"
+        if loop.seen_ns is not None:
+            share = f"seen for {format_duration_ns(loop.seen_ns)}"
         numbers.append(KeyNumber("Event loop busy", format_duration_ns(loop.busy_ns), share))
     numbers.append(KeyNumber("Events lost", f"{lost:,}", "" if summary.complete else "recording cut short", lost > 0))
     return tuple(numbers)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,7 +233,8 @@ class Soak:
         """Have the disk full for one stall."""
         self._settle()
         status = os.statvfs(self.folder)
-        (self.folder / "filler").write_bytes(bytes(status.f_bavail * status.f_frsize))
+        with suppress(OSError):  # it is full when it says so
+            (self.folder / "filler").write_bytes(bytes(status.f_bavail * status.f_frsize))
         told = self.watch.said.count("a capture is not complete")
         self.server.command("DEBUG", "SLEEP", "0.2")
         wait(lambda: self.watch.said.count("a capture is not complete") > told, "the watch tells of the full disk")

@@ -172,7 +172,7 @@ class TestServers:
             watch.wait_until_it_says(f"no Redis or Valkey server listens on port {port} yet")
             with running_server("2.8.17", port=port) as server:
                 watch.wait_until_it_says(f"process {server.pid} ")
-                stall(server)
+                stall(server, "0.5")
                 assert len(stalls_of(watch.capture(0), server)) == 1
 
     def test_all_there_are_and_will_be(self, tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ class Loss:
     abandoned: int
 
 
+SAMPLED = "sampled"
+"""How the rung of iterations begins that were looked for now and then (``capture.watchdog``)."""
+
+
 @dataclass(frozen=True)
 class LoopSummary:
     """The event loop: iterations, how many were stalls, and how long it was busy.
@@ -60,12 +64,15 @@ class LoopSummary:
     Attributes:
         iterations: all of them; stalls: those at or above the threshold.
         busy_ns: total duration of all; longest_ns: None when none reached the threshold.
+        seen_ns: in a capture of ``stallscope watch``, for how long iterations were seen one by one; outside of it
+            only stalls were looked for. None: all the time.
     """
 
     iterations: int
     stalls: int
     busy_ns: int
     longest_ns: int | None
+    seen_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,9 @@ def summarise(analysis: Analysis, thresholds: Sequence[int] = (DEFAULT_BYTES,)) 
         listeners=summarise_listeners(tables, stalls),
         reconciliation=tuple(reconcile(tables, stalls, namespace) for namespace in manifest.namespaces),
         loop=loop,
-        functions=summarise_functions(tables, nested, loop.busy_ns if loop else None, _watched_ns(tables)),
+        functions=summarise_functions(
+            tables, nested, loop.busy_ns if loop and loop.seen_ns is None else None, _watched_ns(tables)
+        ),
         losses=_losses(tables),
         rows=recording.table.num_rows,
         warnings=(),
@@ -230,6 +239,18 @@ def _loop(tables: Tables, stall_count: int) -> LoopSummary | None:
         stalls=stall_count,
         busy_ns=int(recorded.sum()) + sum(item.short_ns for item in kernel),
         longest_ns=int(recorded.max()) if len(recorded) else None,
+        seen_ns=_seen_one_by_one_ns(tables),
+    )
+
+
+def _seen_one_by_one_ns(tables: Tables) -> int | None:
+    """Return for how long iterations were seen one by one, where that was only while detail probes were attached."""
+    manifest, ended_ns = tables.manifest, tables.recording.ended_ns
+    if not any(probe.kind == ITERATION and probe.rung.startswith(SAMPLED) for probe in manifest.probes):
+        return None
+    return sum(
+        max(min(item.detached_ns or ended_ns, ended_ns) - max(item.attached_ns, manifest.started_ns), 0)
+        for item in manifest.details
     )
 
 

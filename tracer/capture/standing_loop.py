@@ -124,8 +124,7 @@ class StandingLoop:
         """Take serverCron for a witness, or not while its calls are not all seen: it would seem to come late."""
         self._are_crons_trusted = trusted
         if self._watchdog is not None:
-            for pid in self._traced.targets:
-                self.add(pid)  # begins without a memory
+            self._watchdog.forget_crons()
 
     def under_way(self) -> list[UnderWay]:
         """Return the iterations that have not ended: those the tracepoints saw begin, and those that stand still."""

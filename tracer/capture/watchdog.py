@@ -247,6 +247,12 @@ class Watchdog:
             loop.period_ns = period_ms * 1_000_000 if 0 < period_ms <= _MAX_CRON_PERIOD_MS else 0
             loop.crons.append(cron)
 
+    def forget_crons(self) -> None:
+        """Forget when serverCron was called: from here on some of its calls were not seen, and none came late."""
+        for loop in self._loops.values():
+            loop.crons.clear()
+            loop.period_ns = 0
+
     def _look(self, loop: _Loop, now_ns: int) -> list[npt.NDArray[np.void]]:
         waits, moved = loop.look()
         span = loop.standstill.look(now_ns, waits=waits, moved=moved)
