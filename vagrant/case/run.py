@@ -115,7 +115,7 @@ def _table(steps: Steps, options: argparse.Namespace) -> None:
     document = json.loads((PROJECT / PICTURES / DOCUMENT).read_text())
     for heading, columns in (("under large buffers", STORM), ("under small buffers", SMALL)):
         shown = [one for one in document["variants"].values() if (one["load"]["uploaders"] > 0) == (columns is STORM)]
-        print(f"{heading}: median (smallest to largest)\n")
+        print(f"{heading}: median [smallest to largest]\n")
         print(transposed(shown, columns) + "\n")
 
 
