@@ -18,7 +18,7 @@ import numpy.typing as npt
 from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
 from stallscope.tracer.capture.program import STACK_PROBE
-from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target
+from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target, why_hidden
 from stallscope.tracer.capture.ring import give_memory_back
 from stallscope.tracer.capture.session import Session, SessionOptions
 from stallscope.tracer.capture.standing_loop import StandingLoop
@@ -248,7 +248,9 @@ class WatchedSession(Session):
             arrival.future.exception()  # wait: what is there at the start is watched from the start
         self._welcome()
         for port in sorted(self._ports - self._ports_served()):
-            self.note(f"no Redis or Valkey server listens on port {port} yet; it is traced when it does")
+            hidden = why_hidden(port)
+            then = f": {hidden}" if hidden else "; it is traced when it does"
+            self.note(f"no Redis or Valkey server listens on port {port} yet{then}")
         self.arrived = 0
 
     def _ports_served(self) -> set[int]:
