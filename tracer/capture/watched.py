@@ -160,6 +160,7 @@ class WatchedSession(Session):
         """Attach the probes that are on demand; returns when that was done, CLOCK_MONOTONIC ns."""
         if self._loop is not None:
             self._loop.attach()
+        self._traced.attach_stacks()
         attached_ns, failures = self._traced.on_demand.attach()
         for text in dict.fromkeys(failures):
             self.note(text)
@@ -168,6 +169,7 @@ class WatchedSession(Session):
     def detach_detail(self) -> None:
         """Begin to detach them."""
         self._traced.on_demand.detach()
+        self._traced.detach_stacks()
         if self._loop is not None:
             self._loop.detach()
 

@@ -32,6 +32,7 @@ from stallscope.tracer.manifest import (
     ProbeCounters,
     TriggerInfo,
 )
+from stallscope.tracer.stack_table import StackTable
 from stallscope.tracer.units import format_count, format_duration_ns
 from stallscope.tracer.watch.evaluation import Firing
 from stallscope.tracer.watch.folder import CaptureFolder, Place
@@ -74,8 +75,11 @@ class Captures:
         started, suppressed: captures begun; triggers that fell into a cool-down.
     """
 
-    def __init__(self, options: CaptureOptions, folder: CaptureFolder, preroll: Preroll) -> None:
-        """Begin idle."""
+    def __init__(
+        self, options: CaptureOptions, folder: CaptureFolder, preroll: Preroll, stacks: StackTable | None = None
+    ) -> None:
+        """Begin idle; ``stacks`` is what the rows' ``stack`` numbers mean, None where there are none."""
+        self._stacks = stacks
         self.options = options
         self.started = 0
         self.suppressed = 0
@@ -146,7 +150,7 @@ class Captures:
         if since:
             notes.append(f"{format_count(since, 'trigger')} came true in the cool-down before this capture")
         self._suppressed_before = self.suppressed
-        self._current = _Capture(self.options, self._folder, place, lookback, manifest, notes)
+        self._current = _Capture(self.options, self._folder, place, lookback, manifest, notes, self._stacks)
         self._current.extend(firings, held_ns)
         self.started += 1
         return STARTED
@@ -203,6 +207,7 @@ class _Capture:
         lookback: Lookback,
         manifest: Manifest,
         notes: Sequence[str],
+        stacks: StackTable | None,
     ) -> None:
         first = lookback.chunks[0]
         self._options = options
@@ -221,7 +226,7 @@ class _Capture:
         elif lookback.dropped:
             text = f"{format_count(lookback.dropped, 'event')} of the pre-roll dropped: --memory held no more"
             self._notes.append(Note(first.begin.time_ns, text))
-        self.writer = CaptureWriter(folder, place, self._manifest(manifest), options.memory_bytes)
+        self.writer = CaptureWriter(folder, place, self._manifest(manifest), options.memory_bytes, stacks)
         samples = first.samples.copy()
         samples["start_ns"] = self._begin.time_ns
         self.writer.put(samples)

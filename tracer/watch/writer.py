@@ -14,6 +14,7 @@ from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.layout import EVENT_BYTES, mark_unfinished
 from stallscope.tracer.manifest import Counters, Manifest, Note, TriggerInfo
 from stallscope.tracer.recording import RecordingWriter, joined_events
+from stallscope.tracer.stack_table import StackTable
 from stallscope.tracer.units import format_count
 from stallscope.tracer.watch.folder import CaptureFolder, Place
 from stallscope.tracer.watch.priority import run_normally
@@ -52,13 +53,16 @@ class CaptureWriter(threading.Thread):
         is_stuck: nothing more of this capture will be written.
     """
 
-    def __init__(self, folder: CaptureFolder, place: Place, manifest: Manifest, max_bytes: int) -> None:
+    def __init__(
+        self, folder: CaptureFolder, place: Place, manifest: Manifest, max_bytes: int, stacks: StackTable | None = None
+    ) -> None:
         super().__init__(name="capture writer", daemon=True)
         self.result: Finished | None = None
         self.is_stuck = False
         self._folder = folder
         self._place = place
         self._manifest = manifest
+        self._stacks = stacks
         self._max_bytes = max_bytes
         self._condition = threading.Condition()
         self._waiting: deque[_Item] = deque()
@@ -109,7 +113,7 @@ class CaptureWriter(threading.Thread):
         try:
             if not self._folder.make_room(self._place, 0):
                 raise StallscopeError("--max-disk leaves no room for a capture")
-            with RecordingWriter(self._place.temporary, self._manifest) as writer:
+            with RecordingWriter(self._place.temporary, self._manifest, self._stacks) as writer:
                 final = self._write_all(writer)
             path: Path | None = self._folder.publish(self._place)
         except StallscopeError as reason:
