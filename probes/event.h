@@ -86,7 +86,7 @@ struct stack_sample {
 	u64 return_slot[16];
 	u64 return_address[16];
 	u64 registers[17]; /* DWARF numbers 0 to 15, and the program counter */
-	u8 stack[16384];   /* from the stack pointer up */
+	u8 stack[24576];   /* from the stack pointer up; Redis 7 has frames of 16 KB */
 };
 
 #define STATE_ON_CPU 0x80000000U

@@ -41,6 +41,7 @@ from stallscope.reports.export.naming import (
     QUEUE_COUNTERS,
     QUEUE_KIND,
     REQUEST_KIND,
+    STACK_SAMPLE_KIND,
     process_names,
 )
 from stallscope.tracer.analysis.analysis import Analysis
@@ -84,7 +85,7 @@ def _earliest_ns(analysis: Analysis) -> int:
     tables, nested = analysis.tables, analysis.nested
     spans = (nested.calls, nested.abandoned, tables.iterations, tables.accepts)
     starts = [frame["start_ns"] for frame in spans]
-    starts += [frame["time_ns"] for frame in (tables.queues, tables.counters, tables.requests)]
+    starts += [frame["time_ns"] for frame in (tables.queues, tables.counters, tables.requests, tables.samples)]
     return min([analysis.manifest.started_ns, *(int(times.min()) for times in starts if len(times))])
 
 
@@ -122,7 +123,7 @@ def _instants(columns: _Columns) -> Iterator[pa.Array]:
     yield _event("i", columns, _name(columns), seen_ns, scope, _args(columns))
 
 
-def _abandoned(columns: _Columns) -> Iterator[pa.Array]:
+def _thread_instants(columns: _Columns) -> Iterator[pa.Array]:
     scope = pa.repeat(pa.scalar('"s":"t"'), len(columns["pid"]))
     yield _event("i", columns, _name(columns), columns["since_zero_ns"], scope, _args(columns))
 
@@ -141,13 +142,14 @@ def _counters(columns: _Columns) -> Iterator[pa.Array]:
 
 _EVENTS: dict[str, Callable[[_Columns], Iterator[pa.Array]]] = {
     CALL_KIND: _calls,
-    ABANDONED: _abandoned,
+    ABANDONED: _thread_instants,
     ITERATION_KIND: _async,
     ACCEPT_KIND: _async,
     QUEUE_KIND: _queues,
     COUNTER_KIND: _counters,
     REQUEST_KIND: _instants,
     OVERFLOW_KIND: _instants,
+    STACK_SAMPLE_KIND: _thread_instants,
 }
 
 

@@ -1,7 +1,7 @@
 """What one stack sample costs the server, ours beside ``perf record --call-graph dwarf`` with as many bytes of stack.
 
 A server runs one script of fixed length, and its main thread's CPU time is compared with and without sampling, at a
-rate far above any that ``record`` allows, so that the difference stands out. Both copy 16 KB a sample; perf unwinds
+rate far above any that ``record`` allows, so that the difference stands out. Both copy 24 KB a sample; perf unwinds
 afterwards as we do, and its reader writes to a file, while ours only counts.
 """
 
@@ -59,7 +59,7 @@ def bench(*, quick: bool) -> Findings:
     if not perf:
         found.notes.append("perf is not installed: apt-get install linux-perf")
     found.figures = [
-        Figure("CPU added a sample, ns", ours, "perf record --call-graph dwarf,16384", theirs),
+        Figure("CPU added a sample, ns", ours, "perf record --call-graph dwarf,24576", theirs),
         Figure("samples kept, %", kept),
         Figure("of a CPU at 199 Hz, the default, %", [199 * cost / 1e7 for cost in ours]),
     ]

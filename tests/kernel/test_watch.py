@@ -11,6 +11,7 @@ from lab.server import Server, find_server, running_server
 from tracing import Rows, require_tracing, until
 from watches import Watch, connecting, iterations, stopped, watching
 
+from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.manifest import Manifest
 
 MS = 1_000_000
@@ -94,6 +95,17 @@ class TestStall:
         assert rows.probes("serverCron")[0].id not in detail.probes
         assert (resize["start_ns"] >= detail.trigger_ns).all()
 
+    def test_what_it_slept_in_was_seen_although_it_slept_already(self, rows: Rows) -> None:
+        analysis = analyse(rows.recording)
+        asleep = analysis.samples.in_stalls()
+        asleep = asleep[asleep["state"] != "running"]
+        longest = asleep.loc[asleep["weight_ns"].idxmax()]
+        names = [frame.name for frame in analysis.samples.functions_of(int(longest["stack"]))]
+        assert "debugCommand" in names
+        (detail,) = rows.manifest.details
+        (span,) = iterations(rows, 390 * MS)
+        assert 0 < longest["weight_ns"] <= span[1] - detail.trigger_ns
+
 
 def test_a_busy_stall_has_its_stacks(server: Server, watch: Watch) -> None:
     """They are taken while it lasts; a server that sleeps since before the trigger is not sampled."""
@@ -108,6 +120,13 @@ def test_a_busy_stall_has_its_stacks(server: Server, watch: Watch) -> None:
 
 
 class TestOtherTriggers:
+    def test_a_culprit_nobody_named(self, server: Server, watch: Watch) -> None:
+        seen = len(watch.captured())
+        server.command("EVAL", "local n = 0; while n < 30000000 do n = n + 1 end; return n", "0")
+        analysis = analyse(watch.capture(seen).recording)
+        assert "evalGenericCommand" in {culprit.function for culprit in analysis.samples.culprits}
+        assert (analysis.samples.frame["stack"] >= 0).all()
+
     def test_a_call(self, server: Server, watch: Watch) -> None:
         seen = len(watch.captured())
         for _ in range(FLUSHED):

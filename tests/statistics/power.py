@@ -48,8 +48,7 @@ would let come in the time recorded, and by the true rate as a share of the limi
 95%. Events that come in storms of k need up to k times as long; `stallscope plan` says how long from the baseline.
 
 Right: the chance that `diff` finds all lengths shortened, one recording a side, storms and drift as above ({diffs:,}
-runs a point). A recording of a side alone is taken to vary by 10%, so changes of less than about a quarter need
-several a side.
+runs a point). A recording of a side alone is taken to vary by 10%; smaller changes need several recordings a side.
 
 | lengths times | {columns} |
 |---|{rule}|

@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -142,6 +142,25 @@ class TestInterval:
     def test_says_how_many_runs_know_the_number(self) -> None:
         some = figures.spread([None, 3e6, None])
         assert figures.interval(some, "duration", "no stall", 3) == "3.00 ms in 1 of 3 runs"
+
+
+class TestChange:
+    FOUND: ClassVar[dict[str, Any]] = {"ratio": 0.107, "low": 0.084, "high": 0.135, "significant": True, "why_not": ""}
+
+    def test_is_told_with_its_interval(self) -> None:
+        assert figures.change(self.FOUND) == "-89% [-91.6% to -86%]"
+        assert (
+            figures.change({**self.FOUND, "ratio": 3.07, "low": 1.74, "high": 5.76})
+            == "3.07 times [+74% to 5.76 times]"
+        )
+
+    def test_that_may_be_chance_says_so_first(self) -> None:
+        found = {**self.FOUND, "ratio": 0.0, "low": 0.0, "high": 1.0, "significant": False}
+        assert figures.change(found) == "not shown, -100% [-100% to no change]"
+
+    def test_that_cannot_be_told_says_why(self) -> None:
+        assert figures.change({**self.FOUND, "why_not": "too few to tell"}) == "too few to tell"
+        assert figures.change(None) == "-"
 
 
 class TestStory:
@@ -322,6 +341,9 @@ class TestStudy:
             ("the kernel counted the refusals", "baseline", "counted", 0),
             ("with the larger backlog the server stalls", "backlog", "worst_ns", 1),
             ("the larger backlog makes more clients", "backlog", "reply_timeouts", 0),
+            ("the larger backlog holds a shorter storm", "shorter-backlog", "refused", 1),
+            ("with the patch the longest PING", "small-patched", "ping_max_ms", 0),
+            ("in no recording of the newest server", "upgrade-5", "worst_ns", 2e8),
             ("the patched server refuses connections", "patched", "refused", 0),
             ("the patched server never trims", "small-patched", "trims", 1),
             ("small buffers alone refuse nobody", "article", "refused", 1),

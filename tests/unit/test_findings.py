@@ -31,7 +31,7 @@ from recordings import (
 
 from stallscope.tracer.analysis.analysis import Analysis, analyse
 from stallscope.tracer.analysis.findings import CAUSE, CLEARED, CONTRIBUTES, NOTICE, WEIGHTS, Finding, find_findings
-from stallscope.tracer.analysis.rules import RULES
+from stallscope.tracer.analysis.rules import RULES, samples
 from stallscope.tracer.manifest import Manifest, ProbeInfo
 from stallscope.tracer.recording import read_recording
 
@@ -403,6 +403,7 @@ def test_every_rule_has_a_name_of_its_own_and_a_test() -> None:
     assert len(set(names)) == len(names)
     tested = {name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")}
     tested |= {"larger-backlog"}  # it has two
+    tested |= {rule.name for rule in samples.RULES}  # in test_samples.py
     assert set(names) <= tested
 
 

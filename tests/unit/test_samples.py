@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,3 +297,33 @@ def test_states_are_those_of_a_task(tmp_path: Path) -> None:
         builder.sample(100 + index, "call", 1, state)
     frame = analysed(builder, tmp_path).samples.frame
     assert frame["state"].tolist() == [*STATES, "asleep", "blocked"]
+
+
+class TestCommand:
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(Path(sys.executable).with_name("stallscope")), "export", *words], capture_output=True, text=True
+        )
+
+    def test_writes_samples(self, tmp_path: Path) -> None:
+        done = self.run(str(DATA / "sampled.stall"), "-f", "folded", "--samples", "-o", "-")
+        assert done.returncode == 0, done.stderr
+        assert "keysCommand;dictNext 140000\n" in done.stdout
+        profiles = tmp_path / "a.json"
+        assert (
+            self.run(str(DATA / "sampled.stall"), "-f", "speedscope", "--samples", "-o", str(profiles)).returncode == 0
+        )
+        assert json.loads(profiles.read_text())["profiles"]
+
+    @pytest.mark.parametrize(
+        ("name", "format_name", "why"),
+        [
+            ("sampled", "perfetto", "use --samples with -f speedscope or folded"),
+            ("known-call", "folded", "has no stack samples; record with --stacks"),
+        ],
+    )
+    def test_refuses_what_has_none(self, name: str, format_name: str, why: str, tmp_path: Path) -> None:
+        done = self.run(str(DATA / f"{name}.stall"), "-f", format_name, "--samples", "-o", str(tmp_path / "x"))
+        assert done.returncode == 2
+        assert why in done.stderr
+        assert len(done.stderr.splitlines()) == 1

@@ -149,11 +149,27 @@ def find_by_port(port: int) -> list[int]:
         others = ", ".join(
             f"{pid} on {' '.join(map(str, sorted(listening_ports(pid)))) or 'no port'}" for pid in _redis_like_pids()
         )
-        raise TargetError(
-            f"no Redis or Valkey server listens on port {port}; "
-            + (f"found pid {others}" if others else "none is running here")
-        )
+        found = f"found pid {others}" if others else "none is running here"
+        raise TargetError(f"no Redis or Valkey server listens on port {port}; {why_hidden(port) or found}")
     return pids
+
+
+def why_hidden(port: int) -> str:
+    """Return why nobody seems to listen on a port of our network namespace although a socket does, "" if none does."""
+    try:
+        diag = SockDiag(os.getpid())
+    except SurroundingsError:
+        return ""
+    try:
+        listens = any(state.port == port for state in diag.listeners())
+    finally:
+        diag.close()
+    if not listens or pids_listening_on(port):
+        return ""
+    return (
+        "a socket listens there, but its process may not be looked into, or is no such server; run as root, or with "
+        "CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
+    )
 
 
 def listening_ports(pid: int, below: int = 0) -> set[int]:

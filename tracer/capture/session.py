@@ -132,11 +132,9 @@ class Session:
         self._rows = np.zeros(MAX_PROBES, np.int64)
         self._traced = TracedSet(options.trace)
         self._sampler = BacklogSampler()
-        self._stack_table: StackTable | None = None
         try:
             before_ns = measure_system_call_ns()
             self.started_ns = self._add(self._open_all())
-            self._stack_table = self._traced.stacks.table if self._traced.stacks is not None else None
             self.attached_ns = time.monotonic_ns()
             self._wall_offset_ns = time.time_ns() - self.attached_ns
             self._cpu_ns = own_cpu_ns()
@@ -211,7 +209,7 @@ class Session:
     @property
     def stacks(self) -> StackTable | None:
         """What the ``stack`` numbers of stack samples mean, for whoever writes the rows; it grows."""
-        return self._stack_table
+        return self._traced.stacks.table if self._traced.stacks is not None else None
 
     def unfinished(self) -> npt.NDArray[np.void]:
         """Return the calls and stalls that are under way (dtype ``EVENT``), as a recording that ends now holds them."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
 from stallscope.tracer.capture.program import Program
 from stallscope.tracer.capture.stack_reader import StackReader
 from stallscope.tracer.capture.stack_sampler import StackOptions, StackSampler
+from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.manifest import ProbeCounters
 from stallscope.tracer.stack_table import StackTable
 
@@ -28,15 +31,38 @@ class StackCapture:
         self._stall_ns = stall_ns
         self._sampler = StackSampler(program)
         self._reader = StackReader(self._sampler)
+        self._is_wanted = not options.on_demand
 
     @property
     def table(self) -> StackTable:
         """What the rows' ``stack`` numbers mean; it grows."""
         return self._reader.table
 
-    def prepare(self, pid: int) -> None:
-        """Read a process's code, in the background; so its first samples need not wait for it."""
+    def take_up(self, pid: int) -> None:
+        """Read a process's code, in the background, and sample it from now on if samples are wanted now.
+
+        Raises:
+            SurroundingsError: it is gone, too many are sampled, or the kernel refuses.
+        """
         self._reader.add(pid)
+        if self._is_wanted:
+            self.add(pid)
+
+    def attach(self, pids: Iterable[int]) -> list[str]:
+        """Sample these processes from now on, and those that are taken up later; returns why not, a line each."""
+        self._is_wanted = True
+        failures = []
+        for pid in pids:
+            try:
+                self.add(pid)
+            except SurroundingsError as error:
+                failures.append(str(error))
+        return failures
+
+    def detach(self) -> None:
+        """Sample no process until ``attach`` is called again."""
+        self._is_wanted = False
+        self._sampler.detach()
 
     def add(self, pid: int) -> None:
         """Sample the main thread of a process from now on: a perf event and a few map updates.
@@ -47,8 +73,13 @@ class StackCapture:
         self._sampler.add(pid, self.options, self._stall_ns)
 
     def remove(self, pid: int) -> None:
-        """Stop sampling a process; one that is not sampled is fine."""
+        """Let go of a process that has ended; one that is not sampled is fine."""
         self._sampler.remove(pid)
+        self._reader.remove(pid)
+
+    def renew(self) -> None:
+        """Begin a new table when the present one is half full; no row that is still wanted may name its stacks."""
+        self._reader.renew()
 
     def take(self) -> tuple[npt.NDArray[np.void], list[str]]:
         """Return the rows (dtype ``EVENT``) made since the last time, and notes on what cannot be unwound."""

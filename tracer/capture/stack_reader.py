@@ -34,7 +34,10 @@ STACK_FIELDS = (Field("weight_ns", "ns", 0), Field("state", "", 1, bits=32))
 
 _READ_S = 0.05
 _BATCH = 128
-"""Samples unwound at a time: 2 MB."""
+"""Samples unwound at a time: 3 MB."""
+
+_REMEMBERED_NS = 5_000_000_000
+"""For how long the code of a process that has ended is kept: its last samples may wait in the ring."""
 
 _REMAP_NS = 1_000_000_000
 """A process's mappings are read again at most this often, when a stack ends in code that was not mapped before."""
@@ -67,6 +70,7 @@ class StackReader:
         self._rows: list[npt.NDArray[np.void]] = []
         self._away = np.zeros(0, SAMPLE)
         self._wanted: list[int] = []
+        self._gone: dict[int, int] = {}
         self._notes: list[str] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -77,6 +81,18 @@ class StackReader:
         """Read this process's code before it is needed, and while the process is there."""
         with self._lock:
             self._wanted.append(pid)
+            self._gone.pop(pid, None)
+
+    def remove(self, pid: int) -> None:
+        """Forget a process's code, once its last samples were read."""
+        with self._lock:
+            self._gone[pid] = time.monotonic_ns() + _REMEMBERED_NS
+
+    def renew(self) -> None:
+        """Begin a new table when the present one is half full."""
+        with self._lock:
+            if self.table.is_half_full:
+                self.table = StackTable()
 
     def take(self) -> tuple[npt.NDArray[np.void], list[str]]:
         """Return the rows (dtype ``EVENT``) made since the last time, and notes on what cannot be unwound."""
@@ -110,6 +126,7 @@ class StackReader:
     def _run(self) -> None:
         while not self._stopped.is_set():
             self._open_wanted()
+            self._forget_gone()
             if not self._read():
                 self._stopped.wait(_READ_S)
 
@@ -127,8 +144,9 @@ class StackReader:
                 rows[name] = mine[name]
             rows["start_ns"], rows["probe"] = mine["time_ns"], STACK_PROBE
             rows["value"][:, 0], rows["value"][:, 1] = mine["weight_ns"], mine["state"]
-            rows["stack"] = [self.table.add(stack) for stack in self._stacks(int(pid), mine)]
+            stacks = self._stacks(int(pid), mine)
             with self._lock:
+                rows["stack"] = [self.table.add(stack) for stack in stacks]
                 self._rows.append(rows)
 
     def _stacks(self, pid: int, samples: npt.NDArray[np.void]) -> list[list[StackFrame]]:
@@ -188,6 +206,21 @@ class StackReader:
             wanted, self._wanted = self._wanted, []
         for pid in wanted:
             self._open(pid)
+
+    def _forget_gone(self) -> None:
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            over = [pid for pid, until_ns in self._gone.items() if until_ns < now_ns]
+            for pid in over:
+                del self._gone[pid]
+        if not over:
+            return
+        for pid in over:
+            self._code.pop(pid, None)
+            self._mapped_ns.pop(pid, None)
+        self._frames = {key: frame for key, frame in self._frames.items() if key[0] not in over}
+        if not self._code:
+            self._images.clear()  # of binaries that were replaced, too
 
     def _open(self, pid: int) -> None:
         self._mapped_ns[pid] = time.monotonic_ns()

@@ -1,4 +1,4 @@
-"""The ring buffer of stack samples: 17 KB a record, read in bulk as one array.
+"""The ring buffer of stack samples: 25 KB a record, read in bulk as one array.
 
 Like :mod:`ring`, for records of one other size: they do not fit its pages evenly, but since the data pages are
 mapped twice in a row, every run of waiting records is contiguous.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.capture.asleep import sleeping_sample
 from stallscope.tracer.capture.bpf import BpfMap, attach_cpu_clock, attach_raw_tracepoint
 from stallscope.tracer.capture.btf import kernel_types
 from stallscope.tracer.capture.loader import PERF_EVENT, RAW_TRACEPOINT
@@ -22,10 +23,10 @@ from stallscope.tracer.layout import struct_dtype
 from stallscope.tracer.manifest import ProbeCounters
 
 RING_BYTES = 8 << 20
-"""Room for 500 samples: half a second at the highest rate."""
+"""Room for 330 samples: a third of a second at the highest rate."""
 
 MAX_SAMPLED = 64
-"""Threads sampled at a time; each has 17 KB of kernel memory for the stack it leaves the CPU with."""
+"""Threads sampled at a time; each has 25 KB of kernel memory for the stack it leaves the CPU with."""
 
 _MAX_KERNEL_STACKS = 8192
 _KERNEL_FRAMES = 64
@@ -113,7 +114,7 @@ class StackSampler:
         self._switch = -1
 
     def add(self, tid: int, options: StackOptions, stall_ns: int) -> None:
-        """Sample this thread from now on.
+        """Sample the main thread of a process from now on; if it sleeps, what it sleeps in counts from now on.
 
         Raises:
             SurroundingsError: the thread is gone, too many are sampled, or the kernel refuses.
@@ -135,6 +136,10 @@ class StackSampler:
         except SurroundingsError:
             self.remove(tid)
             raise
+        asleep = sleeping_sample(tid, tid)
+        if asleep is not None:
+            # if it wakes meanwhile, the next time it leaves the CPU overwrites this
+            self._off_cpu.update(tid, asleep[0])
 
     def remove(self, tid: int) -> None:
         """Stop sampling this thread; one that is not sampled is fine."""

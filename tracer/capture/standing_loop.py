@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG
 from stallscope.tracer.capture.program import ITERATION_PROBE
 from stallscope.tracer.capture.traced import ITERATION_FIELDS, TracedSet
 from stallscope.tracer.capture.watchdog import StallInProgress, Watchdog
@@ -61,6 +63,7 @@ class StandingLoop:
         self._not_ours: deque[_HandedOver] = deque(maxlen=_REMEMBERED)
         self._crons: tuple[int, ...] = ()
         self._are_crons_trusted = True
+        self._are_tracepoints_kept = False
         if self._watchdog is not None:
             probe = self._watchdog.probe()
             fields = (*ITERATION_FIELDS, *(one for one in probe.fields if one not in ITERATION_FIELDS))
@@ -78,7 +81,14 @@ class StandingLoop:
         try:
             self._watchdog.add(pid, pid)
         except SurroundingsError as error:
-            self._traced.note(str(error))
+            if not Path(f"/proc/{pid}").exists():
+                return  # it has ended, and is let go in a moment
+            self._traced.note(
+                f"{error}; until then raw tracepoints follow it, at a cost to every system call of the host"
+            )
+            self._are_tracepoints_kept = True
+            self.attach()
+            self._traced.describe_loop(TRACEPOINT_RUNG, ITERATION_FIELDS)
 
     def remove(self, pid: int) -> None:
         """Let go of a process."""
@@ -144,8 +154,8 @@ class StandingLoop:
                 self._not_ours.append(_HandedOver(stall.tid, stall.start_ns))
 
     def detach(self) -> None:
-        """Go back to the watchdog."""
-        if self._watchdog is not None and self._is_exact:
+        """Go back to the watchdog, unless there is a process that it may not look at."""
+        if self._watchdog is not None and self._is_exact and not self._are_tracepoints_kept:
             self._exact[-1] = replace(self._exact[-1], end_ns=time.monotonic_ns())
             self._traced.detach_loop()
 

@@ -225,25 +225,6 @@ class TracedSet:
         """Return whether probes are being detached in the background."""
         return self.standing.is_detaching or self.on_demand.is_detaching
 
-    def attach_stacks(self) -> None:
-        """Sample the stacks of every process from now on, where that is on demand."""
-        for pid in self.targets if self.stacks is not None else ():
-            self._sample_stacks(pid)
-
-    def detach_stacks(self) -> None:
-        """Stop sampling."""
-        for pid in self.targets if self.stacks is not None else ():
-            assert self.stacks is not None
-            self.stacks.remove(pid)
-
-    def _sample_stacks(self, pid: int) -> None:
-        if self.stacks is None:
-            return
-        try:
-            self.stacks.add(pid)
-        except SurroundingsError as error:
-            self.note(str(error))
-
     def calls_under_way(self) -> npt.NDArray[np.void]:
         """Return the calls that were entered and have not returned (dtype ``EVENT``), also those left by longjmp."""
         return joined_events([part.calls_under_way() for part in tuple(self._programs) if isinstance(part, Program)])
@@ -519,11 +500,9 @@ class TracedSet:
         self.base.watch_loop(target.pid)
         if self.stacks is not None:
             try:
-                self.stacks.prepare(target.pid)
+                self.stacks.take_up(target.pid)
             except SurroundingsError as error:
                 self.note(str(error))
-            if not self.stacks.options.on_demand or self.on_demand.is_attached:
-                self._sample_stacks(target.pid)
         self.targets[target.pid] = target
         for text in self.on_demand.add(target.pid, [place for place in plan if place.on_demand]):
             self.note(text)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
-from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target
+from stallscope.tracer.capture.program import STACK_PROBE
+from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target, why_hidden
 from stallscope.tracer.capture.ring import give_memory_back
 from stallscope.tracer.capture.session import Session, SessionOptions
 from stallscope.tracer.capture.standing_loop import StandingLoop
@@ -75,6 +76,7 @@ class WatchedSession(Session):
         self._noted = 0
         self._rows_of_ended: list[npt.NDArray[np.void]] = []
         self._next_discovery = self._next_prune = 0
+        self._sampled_ns = 0
         self.is_held = False
         self.arrived = 0
         self._bare_call_ns = measure_system_call_ns()
@@ -112,6 +114,8 @@ class WatchedSession(Session):
     def poll(self, now_ns: int) -> list[npt.NDArray[np.void]]:
         """Do what is due; returns new rows, dtype ``EVENT``, with the calls that ended servers were in last."""
         rows = super().poll(now_ns)
+        if self._traced.stacks is not None and any((part["probe"] == STACK_PROBE).any() for part in rows):
+            self._sampled_ns = now_ns
         if self._loop is not None:
             rows = [self._loop.take(part) for part in rows]
             if now_ns >= self._loop.due_ns:
@@ -160,8 +164,10 @@ class WatchedSession(Session):
         """Attach the probes that are on demand; returns when that was done, CLOCK_MONOTONIC ns."""
         if self._loop is not None:
             self._loop.attach()
-        self._traced.attach_stacks()
         attached_ns, failures = self._traced.on_demand.attach()
+        if self._traced.stacks is not None:
+            failures = [*failures, *self._traced.stacks.attach(self._traced.targets)]
+            attached_ns = time.monotonic_ns()
         for text in dict.fromkeys(failures):
             self.note(text)
         return attached_ns
@@ -169,7 +175,8 @@ class WatchedSession(Session):
     def detach_detail(self) -> None:
         """Begin to detach them."""
         self._traced.on_demand.detach()
-        self._traced.detach_stacks()
+        if self._traced.stacks is not None:
+            self._traced.stacks.detach()
         if self._loop is not None:
             self._loop.detach()
 
@@ -194,7 +201,8 @@ class WatchedSession(Session):
     @property
     def detail_probes(self) -> tuple[int, ...]:
         """Return the ids of the probes that are on demand."""
-        return tuple(sorted(self._traced.on_demand.probes))
+        stacks = (STACK_PROBE,) if self._traced.stacks is not None else ()
+        return tuple(sorted((*self._traced.on_demand.probes, *stacks)))
 
     def close(self) -> None:
         """Detach and free everything; may be called more than once."""
@@ -240,7 +248,9 @@ class WatchedSession(Session):
             arrival.future.exception()  # wait: what is there at the start is watched from the start
         self._welcome()
         for port in sorted(self._ports - self._ports_served()):
-            self.note(f"no Redis or Valkey server listens on port {port} yet; it is traced when it does")
+            hidden = why_hidden(port)
+            then = f": {hidden}" if hidden else "; it is traced when it does"
+            self.note(f"no Redis or Valkey server listens on port {port} yet{then}")
         self.arrived = 0
 
     def _ports_served(self) -> set[int]:
@@ -311,6 +321,8 @@ class WatchedSession(Session):
             del self._refused[next(iter(self._refused))]
         if self.is_held:
             return
+        if self._traced.stacks is not None and now_ns - self._sampled_ns > self._keep_ns:
+            self._traced.stacks.renew()
         oldest_ns = now_ns - self._keep_ns
         self._targets = {pid: info for pid, info in self._targets.items() if not 0 < info.end_ns < oldest_ns}
         self._sampler.forget(self._targets, {info.namespace for info in self._targets.values()})

@@ -40,6 +40,9 @@ from stallscope.tracer.watch.writer import Finished
 if TYPE_CHECKING:
     from stallscope.tracer.watch.metrics import WatchMetrics
 
+STACK_PERIOD_NS = 1_000_000_000 // 499
+"""Stacks are sampled in stalls only, and these are short: 100 samples of one of 200 ms."""
+
 CHUNK_NS = 500_000_000
 """How often the counters are read; a capture begins at such a moment."""
 
@@ -51,9 +54,6 @@ RECORDED_STALL_NS = 10_000_000
 
 _LOOK_NS = 20_000_000
 """How often conditions that last are looked at when nothing happens."""
-
-_STACK_PERIOD_NS = 1_000_000_000 // 199
-"""Of stack samples; no multiple of a timer's rate."""
 
 _NO_EVENTS = joined_events([])
 
@@ -138,7 +138,7 @@ class Watcher:
         begin = self._session.boundary()
         self._aftercare = Aftercare(options.command, report=options.report, command_ns=options.command_ns, verdict=True)
         self._preroll = Preroll(options.before_ns + LATE_NS, options.memory_bytes, begin)
-        self._captures = Captures(options.capture, self._folder, self._preroll, self._session.stacks)
+        self._captures = Captures(options.capture, self._folder, self._preroll, lambda: self._session.stacks)
         self._triggers = TriggerState(options.triggers)
         self._manifest = self._session.manifest()
         self._detail = DetailTier(
@@ -402,7 +402,7 @@ def trace_options(options: WatchOptions) -> TraceOptions:
         options.ring_bytes,
         on_demand,
         loop_on_demand=options.detail != DETAIL_ALWAYS,
-        stacks=StackOptions(_STACK_PERIOD_NS, always=False, on_demand=True) if options.stacks else None,
+        stacks=StackOptions(STACK_PERIOD_NS, always=False, on_demand=True) if options.stacks else None,
     )
 
 

@@ -69,7 +69,7 @@ def export(
         raise UsageError(f"{chosen.name} is a binary format; name a file with -o")
     if samples and chosen.load_samples is None:
         able = " or ".join(item.name for item in FORMATS.values() if item.load_samples)
-        raise UsageError(f"{chosen.name} has its stack samples among its rows or none; use --samples with -f {able}")
+        raise UsageError(f"{chosen.name} has no form for stack samples alone; use --samples with -f {able}")
     recording = read_recording(file)
     path = None if output == STDOUT else new_export_path(output or chosen.beside(file), file, force=force)
     analysis, left_out = without_short_calls(analyse(recording), min_duration)

@@ -15,7 +15,7 @@ length. A thread of its own writes it: the watching loop never waits for a disk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -76,15 +76,23 @@ class Captures:
     """
 
     def __init__(
-        self, options: CaptureOptions, folder: CaptureFolder, preroll: Preroll, stacks: StackTable | None = None
+        self,
+        options: CaptureOptions,
+        folder: CaptureFolder,
+        preroll: Preroll,
+        stacks: Callable[[], StackTable | None] = lambda: None,
     ) -> None:
-        """Begin idle; ``stacks`` is what the rows' ``stack`` numbers mean, None where there are none."""
-        self._stacks = stacks
+        """Begin idle.
+
+        Args:
+            stacks: gives what the rows' ``stack`` numbers mean, for the capture that begins now.
+        """
         self.options = options
         self.started = 0
         self.suppressed = 0
         self._folder = folder
         self._preroll = preroll
+        self._stacks = stacks
         self._current: _Capture | None = None
         self._finishing: list[CaptureWriter] = []
         self._finished: deque[Finished] = deque(maxlen=_MAX_FINISHED)
@@ -150,7 +158,7 @@ class Captures:
         if since:
             notes.append(f"{format_count(since, 'trigger')} came true in the cool-down before this capture")
         self._suppressed_before = self.suppressed
-        self._current = _Capture(self.options, self._folder, place, lookback, manifest, notes, self._stacks)
+        self._current = _Capture(self.options, self._folder, place, lookback, manifest, notes, self._stacks())
         self._current.extend(firings, held_ns)
         self.started += 1
         return STARTED

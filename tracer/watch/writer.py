@@ -54,7 +54,7 @@ class CaptureWriter(threading.Thread):
     """
 
     def __init__(
-        self, folder: CaptureFolder, place: Place, manifest: Manifest, max_bytes: int, stacks: StackTable | None = None
+        self, folder: CaptureFolder, place: Place, manifest: Manifest, max_bytes: int, stacks: StackTable | None
     ) -> None:
         super().__init__(name="capture writer", daemon=True)
         self.result: Finished | None = None
@@ -62,8 +62,8 @@ class CaptureWriter(threading.Thread):
         self._folder = folder
         self._place = place
         self._manifest = manifest
-        self._stacks = stacks
         self._max_bytes = max_bytes
+        self._stacks = stacks
         self._condition = threading.Condition()
         self._waiting: deque[_Item] = deque()
         self._waiting_bytes = 0

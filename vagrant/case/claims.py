@@ -9,7 +9,7 @@ holds. A claim about variants that were not run is left out, as the template lea
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,15 @@ def _all(document: Document, variant: str, metric: str) -> list[float]:
 
 
 def _median(document: Document, variant: str, metric: str) -> float:
-    return statistics.median(_all(document, variant, metric))
+    return _middle(_all(document, variant, metric))
+
+
+def _middle(values: Iterable[float]) -> float:
+    return float(statistics.median(values))
 
 
 def _kept(document: Document, build_patched: bool, size: int, what: str) -> float:
-    return statistics.median(
+    return _middle(
         run["settled"][what]
         for run in document["memory"]
         if run["build"].endswith("-patched") == build_patched and run["value_bytes"] == size
@@ -63,7 +67,8 @@ def _memory_residence(document: Document) -> bool:
         for pick in (small, large)
         for size in (pick(run["value_bytes"] for run in document["memory"]),)
     }
-    return kept[small] < document["article"]["kept_bytes"] / 2 < kept[large]
+    predicted: float = document["article"]["kept_bytes"]
+    return kept[small] < predicted / 2 < kept[large]
 
 
 def _requests(document: Document, variant: str) -> dict[str, int]:
@@ -131,6 +136,27 @@ CLAIMS: tuple[Claim, ...] = (
         ("baseline", "backlog"),
         lambda document: (
             _median(document, "backlog", "reply_timeouts") > max(_all(document, "baseline", "reply_timeouts"))
+        ),
+    ),
+    Claim(
+        "the larger backlog holds a shorter storm: nobody is refused, and clients give up all the same",
+        ("shorter", "shorter-backlog"),
+        lambda document: (
+            min(_all(document, "shorter", "refused")) > 0
+            and max(_all(document, "shorter-backlog", "refused")) == 0
+            and min(_all(document, "shorter-backlog", "reply_timeouts")) > 0
+        ),
+    ),
+    Claim(
+        "with the patch the longest PING is not shorter",
+        ("small", "small-patched"),
+        lambda document: _median(document, "small-patched", "ping_max_ms") >= _median(document, "small", "ping_max_ms"),
+    ),
+    Claim(
+        "in no recording of the newest server there was an overflow or a stall of 100 ms",
+        ("upgrade-5",),
+        lambda document: (
+            max(_all(document, "upgrade-5", "refused")) == 0 and max(_all(document, "upgrade-5", "worst_ns")) < 100e6
         ),
     ),
     Claim(

@@ -169,7 +169,7 @@ def _ask(question: Question, variants: Mapping[str, Any], folder: Path) -> dict[
             f"{' or '.join(map(str, question.status))}: "
             f"{' '.join(output.split())[:300]}; change the story where the recordings disagree"
         )
-    answer = {
+    answer: dict[str, Any] = {
         "command": f"stallscope {shlex.join(words)}",
         "status": status,
         "output": cut_out(output, question.sections),

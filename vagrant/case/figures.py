@@ -8,7 +8,7 @@ Order Statistics, section 7.1). Nothing is assumed, so that five runs a variant 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def measure(summary: Json, load: Json) -> dict[str, float | None]:
 
 
 def _total(function: Json, field: str) -> float:
-    return sum(one["total"] for one in function["fields"] if one["name"] == field)
+    return float(sum(one["total"] for one in function["fields"] if one["name"] == field))
 
 
 def _stall_share(summary: Json, name: str) -> float | None:
@@ -154,7 +154,7 @@ def _three(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
 
 
-KINDS = {
+KINDS: dict[str, Callable[[float], str]] = {
     "count": count,
     "duration": duration,
     "milliseconds": milliseconds,
@@ -179,3 +179,24 @@ def interval(found: Spread, kind: str, missing: str = "-", runs: int | None = No
     median, low, high = write(found.median), write(found.low), write(found.high)
     text = median if low == high else f"{median} [{low} to {high}]"
     return text if runs is None or found.n == runs else f"{text} in {found.n} of {runs} runs"
+
+
+def change(found: Json | None) -> str:
+    """Return a change of ``stallscope diff --json`` with its interval; whether it is shown at all is said first."""
+    if found is None or found["ratio"] is None or found["why_not"]:
+        return found["why_not"] if found and found["why_not"] else "-"
+    low, high = (_ratio(bound) if bound is not None else "any" for bound in (found["low"], found["high"]))
+    said = _ratio(found["ratio"]) if found["significant"] else f"not shown, {_ratio(found['ratio'])}"
+    return f"{said} [{low} to {high}]"
+
+
+def _ratio(ratio: float) -> str:
+    if ratio >= 3:
+        return f"{_three(ratio)} times"
+    if ratio == 0:
+        return "-100%"
+    if ratio == 1:
+        return "no change"
+    if ratio < 0.001:
+        return "< -99.9%"
+    return f"{(ratio - 1) * 100:+.{1 if ratio < 0.1 else 0}f}%"

@@ -85,7 +85,8 @@ class Run:
         """Whether the recording is there and was made by the command as it is now."""
         if not all(path.exists() for path in (self.made, self.recording, self.load)):
             return False
-        return json.loads(self.made.read_text())["command"] == command_shown(self.variant)
+        command: str = json.loads(self.made.read_text())["command"]
+        return command == command_shown(self.variant)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from case.columns import SMALL, STORM, transposed
 from case.examine import draw, examine
 from case.record import home, record_missing, runs_of
 from case.steps import Steps, Variant, load_steps
-from case.study import PICTURES, render
+from case.study import PICTURES, read_template, render
 
 DOCUMENT = "run.json"
 STUDY = "CASE-STUDY.md"
@@ -104,6 +104,7 @@ def _examined(steps: Steps) -> dict[str, Any]:
 
 
 def _write(steps: Steps, options: argparse.Namespace) -> None:
+    read_template()  # refused before everything is asked again
     document = json.loads((PROJECT / PICTURES / DOCUMENT).read_text()) if options.again else _examined(steps)
     (PROJECT / STUDY).write_text(render(document), encoding="utf-8")
     _note(f"wrote {STUDY}, {PICTURES}/{DOCUMENT} and {len(document['pictures'])} pictures")
@@ -114,7 +115,7 @@ def _table(steps: Steps, options: argparse.Namespace) -> None:
     document = json.loads((PROJECT / PICTURES / DOCUMENT).read_text())
     for heading, columns in (("under large buffers", STORM), ("under small buffers", SMALL)):
         shown = [one for one in document["variants"].values() if (one["load"]["uploaders"] > 0) == (columns is STORM)]
-        print(f"{heading}: median (smallest to largest)\n")
+        print(f"{heading}: median [smallest to largest]\n")
         print(transposed(shown, columns) + "\n")
 
 

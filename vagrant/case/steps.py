@@ -138,7 +138,7 @@ def load_steps(path: Path = STEPS) -> Steps:
     try:
         variants = {}
         for name, fields in document["variant"].items():
-            words = {"record": tuple(fields["record"])} if "record" in fields else {}
+            words: dict[str, Any] = {"record": tuple(fields["record"])} if "record" in fields else {}
             variants[name] = Variant(**{**fields, **words, "name": name})
         memory = document["memory"]
         sizes, builds = tuple(memory["value_bytes"]), tuple(memory["builds"])
@@ -156,5 +156,5 @@ def load_steps(path: Path = STEPS) -> Steps:
 
 
 def _question(name: str, fields: dict[str, Any]) -> Question:
-    lists = {key: tuple(fields[key]) for key in ("words", "sections", "status") if key in fields}
+    lists: dict[str, Any] = {key: tuple(fields[key]) for key in ("words", "sections", "status") if key in fields}
     return Question(**{**fields, **lists, "name": name})

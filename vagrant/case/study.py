@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jinja2
 from case import CaseError
 from case.claims import failing
 from case.columns import SMALL, STORM, Column, cells, headings
-from case.figures import KINDS, Spread, confidence, interval, spread
+from case.figures import KINDS, Spread, change, confidence, interval, spread
 
 TEMPLATE = Path(__file__).with_name("CASE-STUDY.md.j2")
 PICTURES = "docs/case"
@@ -28,10 +27,7 @@ def render(document: Mapping[str, Any], template: Path = TEMPLATE) -> str:
     Raises:
         CaseError: the template has a typed figure, names what was not measured, or says what is not so in this run.
     """
-    text = template.read_text(encoding="utf-8")
-    if typed := typed_figures(text):
-        line, words = typed[0]
-        raise CaseError(f"{template.name}:{line} has a typed figure: {words}; take it from the run's document")
+    text = read_template(template)
     if untrue := failing(document):
         raise CaseError(f"in this run it is not so that {untrue[0]}; change the prose of {template.name} and claims.py")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -42,14 +38,27 @@ def render(document: Mapping[str, Any], template: Path = TEMPLATE) -> str:
         written = environment.from_string(text).render(
             **{name: document[name] for name in _SHOWN},
             interval=facts.interval, median=facts.median, low=facts.low, high=facts.high, table=facts.table,
-            question=facts.question, picture=facts.picture, confidence=confidence, kept=facts.kept,
-            settled=facts.settled, storm=STORM, small=SMALL,
+            changes=facts.changes, question=facts.question, picture=facts.picture, confidence=confidence,
+            kept=facts.kept, storm=STORM, small=SMALL,
         )  # fmt: skip
     except jinja2.UndefinedError as error:
         raise CaseError(
             f"{template.name} needs what was not measured: {error}; run vagrant/case/run.py first"
         ) from None
     return re.sub(r"\n{3,}", "\n\n", written)
+
+
+def read_template(template: Path = TEMPLATE) -> str:
+    """Return the template's text.
+
+    Raises:
+        CaseError: a figure is typed in it.
+    """
+    text = template.read_text(encoding="utf-8")
+    if typed := typed_figures(text):
+        line, words = typed[0]
+        raise CaseError(f"{template.name}:{line} has a typed figure: {words}; take it from the run's document")
+    return text
 
 
 def typed_figures(template: str) -> list[tuple[int, str]]:
@@ -97,17 +106,14 @@ class _Facts:
         asked = self._document["questions"][name]
         return f"```console\n$ {asked['command']}\n{asked['output']}\n```"
 
+    def changes(self, name: str, *quantities: tuple[str, str]) -> str:
+        """Return cells of a table with the changes that a question about a difference found."""
+        found = {(one["subject"], one["quantity"]): one for one in self._document["questions"][name]["json"]["changes"]}
+        return " | ".join(change(found.get(quantity)) for quantity in quantities)
+
     def picture(self, name: str, text: str) -> str:
         """Return a picture with its text."""
         return f"![{text}]({PICTURES}/{self._document['pictures'][name]['file']})"
-
-    def settled(self, patched: bool, value_bytes: int, what: str) -> float:
-        """Return the median of a reading of the servers at rest."""
-        return statistics.median(
-            run["settled"][what]
-            for run in self._document["memory"]
-            if run["build"].endswith("-patched") == patched and run["value_bytes"] == value_bytes
-        )
 
     def kept(self, value_bytes: int, what: str) -> str:
         """Return how much more the patched server holds, run by run: the median and the range."""
