@@ -176,15 +176,15 @@ def test_sampling_is_switched_on_and_off_without_loading_again(server: Server) -
     try:
         program.attach_loop()
         program.watch_loop(server.pid)
-        stacks = StackCapture(program, StackOptions(1_000_000, always=True), STALL_NS)
-        stacks.prepare(server.pid)
+        stacks = StackCapture(program, StackOptions(1_000_000, always=True, on_demand=True), STALL_NS)
+        stacks.take_up(server.pid)
         server.command(*COMMANDS[0])
         assert stacks.counters().hits == 0
         open_files = len(os.listdir("/proc/self/fd"))
         for turn in range(1, 4):
-            stacks.add(server.pid)
+            assert stacks.attach([server.pid]) == []
             server.command(*COMMANDS[0])
-            stacks.remove(server.pid)
+            stacks.detach()
             hits = stacks.counters().hits
             server.command(*COMMANDS[0])
             assert stacks.counters().hits == hits >= turn
