@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import ITERATION_ID, MS, PURGE, TRIM, Builder, add_storm, at, manifest
-from watching import nothing, watch
+from watch_replay import nothing, watch
 
 from stallscope.reports.timeline.bands import NOT_ATTACHED
 from stallscope.reports.timeline.compute import build_timeline

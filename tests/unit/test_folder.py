@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import DATA, ITERATION_ID, MS, PURGE, Builder
-from watching import watch
+from watch_replay import watch
 
 from stallscope.tracer.errors import UsageError
 from stallscope.tracer.recording import read_recording

@@ -17,7 +17,6 @@ from stallscope.tracer.live.window import Cost, LiveWindow
 from stallscope.tracer.recording import SUFFIX, joined_events
 from stallscope.tracer.units import format_count
 
-VIEW_NS = 1_000_000_000
 _FULL_ROWS = 32_768
 _LAST_POLLS = 100
 

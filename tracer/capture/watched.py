@@ -73,7 +73,6 @@ class WatchedSession(Session):
         self._arrivals: list[_Arrival] = []
         self._refused: dict[int, None] = {}
         self._log: deque[Note] = deque()
-        self._noted = 0
         self._rows_of_ended: list[npt.NDArray[np.void]] = []
         self._next_discovery = self._next_prune = 0
         self._sampled_ns = 0
