@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pytest
 from recordings import MS, Builder, at, manifest
 
+from stallscope.tracer.boundary import Moment
 from stallscope.tracer.capture.excerpt import Excerpt, LastSamples
 from stallscope.tracer.capture.program import ACCEPT_PROBE, FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
-from stallscope.tracer.capture.reconcile import Moment
 from stallscope.tracer.capture.session import Mark, Session
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, ProbeCounters, ProbeInfo
@@ -42,9 +42,7 @@ def mark(
         rows[probe] = count
     kernel = {4026531840: {"ListenOverflows": overflows, "ListenDrops": overflows}}
     nothing = Builder().events()
-    return Mark(
-        at(time_ms), counters, nothing if unfinished is None else unfinished, rows, nothing, Moment(kernel, {}, {}), 0
-    )
+    return Mark(at(time_ms), counters, Moment(kernel), nothing if unfinished is None else unfinished, rows, nothing, 0)
 
 
 def excerpt(path: Path, start: Mark, samples: npt.NDArray[np.void] | None = None) -> Excerpt:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import sub
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.boundary import gained
 from stallscope.tracer.capture.program import COUNTER_PROBE, FIRST_CALL_PROBE, MAX_PROBES, QUEUE_PROBE
 from stallscope.tracer.capture.session import Mark, Session
 from stallscope.tracer.errors import StallscopeError
@@ -101,7 +101,7 @@ class Excerpt:
         manifest = self._session.part(self._start)
         self._writer.write(
             joined_events(self._pending),
-            Counters(now_ns, _gained(self._start.counters, counters)),
+            Counters(now_ns, gained(self._start.counters, counters)),
             None if manifest == self._manifest else manifest,
         )
         self._pending.clear()
@@ -146,7 +146,7 @@ class Excerpt:
 
     def _totals(self, end: Mark) -> tuple[dict[int, ProbeCounters], npt.NDArray[np.void]]:
         """Return what was counted from start to end, and the spans that began in it and had not ended."""
-        counters = _gained(self._start.counters, end.counters)
+        counters = gained(self._start.counters, end.counters)
         for probe in np.flatnonzero(self._straddling).tolist():
             counters[probe] = _without_straddling(counters[probe], probe, int(self._straddling[probe]))
         still = {_identity(row) for row in end.unfinished}
@@ -204,14 +204,6 @@ def _first(rows: npt.NDArray[np.void], counts: npt.NDArray[np.int64]) -> npt.NDA
         chosen[mine] = True
         counts[probe] -= len(mine)
     return chosen
-
-
-def _gained(start: dict[int, ProbeCounters], end: dict[int, ProbeCounters]) -> dict[int, ProbeCounters]:
-    """Return what was counted between two readings; a probe that was not there at first began at 0."""
-    return {
-        probe: ProbeCounters(*map(sub, vars(counter).values(), vars(start.get(probe, ProbeCounters())).values()))
-        for probe, counter in end.items()
-    }
 
 
 def _without_straddling(counter: ProbeCounters, probe: int, count: int) -> ProbeCounters:

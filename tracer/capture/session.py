@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.boundary import Boundary, Moment, begun_at, take_moment, with_end
 from stallscope.tracer.capture.backlog import BacklogSampler
 from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_call_ns, own_cpu_ns
 from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
 from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
-from stallscope.tracer.capture.reconcile import Moment, take_moment, with_end
 from stallscope.tracer.capture.redis_target import (
     Target,
     find_by_port,
@@ -64,25 +64,20 @@ class SessionOptions:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """The state of a session at one moment, where a part of it may begin or end.
+class Mark(Boundary):
+    """A boundary at this very moment, with all that a part of the session needs to be exact to the call.
 
     Attributes:
-        time_ns: CLOCK_MONOTONIC.
-        counters: the in-kernel counters; unfinished: the spans under way (dtype ``EVENT``).
+        unfinished: the spans under way (dtype ``EVENT``).
         rows: how many records of each probe ``poll`` has returned so far, shape (MAX_PROBES,). Of those that a
             counter says were sent, the rest comes with the next polls.
         sampled: the last samples up to it; like those of ``poll`` they are returned once.
-        moment: the kernel's counters beside what the hooked functions added.
         own_cpu_ns: CPU time of this process.
     """
 
-    time_ns: int
-    counters: dict[int, ProbeCounters]
     unfinished: npt.NDArray[np.void]
     rows: npt.NDArray[np.int64]
     sampled: npt.NDArray[np.void]
-    moment: Moment
     own_cpu_ns: int
 
 
@@ -228,7 +223,7 @@ class Session:
             time_ns, unfinished, counters = self._traced.state()
             if all(counter.hits == before[probe].hits for probe, counter in counters.items()):
                 break
-        return Mark(time_ns, counters, unfinished, self._rows.copy(), sampled, moment, own_cpu_ns())
+        return Mark(time_ns, counters, moment, unfinished, self._rows.copy(), sampled, own_cpu_ns())
 
     def part(self, start: Mark, end: Mark | None = None, counters: dict[int, ProbeCounters] | None = None) -> Manifest:
         """Return the manifest of the part of this session between two marks, or of one that has not ended.
@@ -236,25 +231,15 @@ class Session:
         Args:
             counters: what was counted in it; for the cost.
         """
-        manifest = self.manifest()
         starts = self._starts | dict.fromkeys(start.moment.kernel, start.moment)
-        begun = [
-            replace(info, counters_start=dict(starts[info.inode].kernel[info.inode])) for info in manifest.namespaces
-        ]
-        manifest = replace(
-            manifest,
-            started_ns=start.time_ns,
-            targets=tuple(info for info in manifest.targets if not 0 < info.end_ns < start.time_ns),
-            namespaces=tuple(begun),
-        )
+        manifest = begun_at(self.manifest(), start.time_ns, starts)
         if end is None:
             return manifest
-        names = COUNTED if self._traced.listener_rung else ()
-        known = [info for info in begun if info.inode in end.moment.kernel]
+        known = [info for info in manifest.namespaces if info.inode in end.moment.kernel]
         used_ns = end.own_cpu_ns - start.own_cpu_ns
         return replace(
             manifest,
-            namespaces=tuple(with_end(info, starts[info.inode], end.moment, names) for info in known),
+            namespaces=tuple(with_end(info, starts[info.inode], end.moment) for info in known),
             ended_ns=end.time_ns,
             wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
             cost=self._cost(counters or {}, end.time_ns - start.time_ns, used_ns),
@@ -303,12 +288,12 @@ class Session:
             inodes = [info.inode for info in self._sampler.namespaces]
             return dict(zip(inodes, self._sampler.counters_now(), strict=True))
 
-        return take_moment(kernel, lambda watched: self._traced.counted_requests(watched=watched))
+        names = COUNTED if self._traced.listener_rung else ()
+        return take_moment(kernel, lambda watched: self._traced.counted_requests(watched=watched), names)
 
     def _finished_namespaces(self) -> tuple[NamespaceInfo, ...]:
         end = self._moment()
-        names = COUNTED if self._traced.listener_rung else ()
-        return tuple(with_end(info, self._starts[info.inode], end, names) for info in self._sampler.namespaces)
+        return tuple(with_end(info, self._starts[info.inode], end) for info in self._sampler.namespaces)
 
     def _look_at(self, events: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Return the events, having taken from them what the progress line shows."""

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from stallscope.probes import catalogue
+from stallscope.tracer.boundary import Boundary
 from stallscope.tracer.capture.cost import own_cpu_ns, own_memory_bytes
 from stallscope.tracer.capture.detail import DetailTier
 from stallscope.tracer.capture.guard import OverheadGuard
@@ -33,7 +34,7 @@ from stallscope.tracer.watch.captures import STARTED, SUPPRESSED, Captures, lost
 from stallscope.tracer.watch.evaluation import Firing, TriggerState
 from stallscope.tracer.watch.folder import CaptureFolder
 from stallscope.tracer.watch.options import DETAIL_ALWAYS, WatchOptions, reloaded
-from stallscope.tracer.watch.preroll import Boundary, Preroll
+from stallscope.tracer.watch.preroll import Preroll
 from stallscope.tracer.watch.triggers import STALL, functions_of, shortest_ns
 from stallscope.tracer.watch.writer import Finished
 

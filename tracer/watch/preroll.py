@@ -1,26 +1,23 @@
 """The pre-roll: what happened in the last seconds, in memory, within a bound.
 
-Events lie in chunks. Between two chunks is a :class:`Boundary`, the kernel's counters at that moment, so that a
-capture which begins there has exact totals of its own. A chunk ends every half second or so; what is taken is
-always whole chunks. The oldest go first: silently when they are older than asked for, counted when the memory
-bound drove them out.
+Events lie in chunks. Between two chunks is a :class:`Boundary`, taken right before the ring buffers were read for the
+chunk that ends there, so that a capture which begins there has exact totals of its own. A chunk ends every half second
+or so; what is taken is always whole chunks. The oldest go first: silently when they are older than asked for, counted
+when the memory bound drove them out.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.boundary import Boundary
 from stallscope.tracer.layout import EVENT_BYTES
-from stallscope.tracer.manifest import COUNTER, QUEUE, Manifest, ProbeCounters
+from stallscope.tracer.manifest import COUNTER, QUEUE, Manifest
 from stallscope.tracer.recording import empty_events, joined_events
-
-ByNamespace = Mapping[int, Mapping[str, int]]
-"""Counts by the kernel's name of the counter, by inode of the network namespace."""
 
 _PART_BYTES = 200
 _COUNTERS_BYTES = 800
@@ -30,24 +27,6 @@ _STALE_NS = 5_000_000_000
 """Everything that is sampled is sampled once a second at least: an older sample is of something that is gone."""
 
 _REMEMBERED_DROPS = 256
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What had been counted at the moment between two chunks.
-
-    Attributes:
-        time_ns: CLOCK_MONOTONIC, taken right before the ring buffers were read for the chunk that ends here.
-        counters: the in-kernel counters of the probes, by id.
-        kernel: the kernel's own counters; watched, elsewhere: what the hooked functions added to them at the
-            watched listeners and at all others (``capture.reconcile.Moment``); all by namespace inode.
-    """
-
-    time_ns: int
-    counters: Mapping[int, ProbeCounters]
-    kernel: ByNamespace = field(default_factory=dict)
-    watched: ByNamespace = field(default_factory=dict)
-    elsewhere: ByNamespace = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
