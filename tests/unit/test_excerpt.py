@@ -37,12 +37,13 @@ def mark(
     time_ms: float, counters: dict[int, ProbeCounters], *, returned: dict[int, int] | None = None,
     unfinished: npt.NDArray[np.void] | None = None, overflows: int = 900,
 ) -> Mark:  # fmt: skip
-    rows = np.zeros(MAX_PROBES, np.int64)
-    for probe, count in (returned or {}).items():
-        rows[probe] = count
+    awaited = np.zeros(MAX_PROBES, np.int64)
+    for probe, counter in counters.items():
+        awaited[probe] = counter.sent - (returned or {}).get(probe, 0)
     kernel = {4026531840: {"ListenOverflows": overflows, "ListenDrops": overflows}}
     nothing = Builder().events()
-    return Mark(at(time_ms), counters, Moment(kernel), nothing if unfinished is None else unfinished, rows, nothing, 0)
+    under_way = nothing if unfinished is None else unfinished
+    return Mark(at(time_ms), counters, Moment(kernel), under_way, awaited, nothing, 0)
 
 
 def excerpt(path: Path, start: Mark, samples: npt.NDArray[np.void] | None = None) -> Excerpt:

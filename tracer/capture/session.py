@@ -6,7 +6,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from stallscope.tracer.capture.redis_target import (
     pids_listening_on,
     server_information,
 )
+from stallscope.tracer.capture.row_counts import first_of_each_probe, without_finished
 from stallscope.tracer.capture.traced import TracedSet, TraceOptions
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
@@ -69,14 +70,13 @@ class Mark(Boundary):
 
     Attributes:
         unfinished: the spans under way (dtype ``EVENT``).
-        rows: how many records of each probe ``poll`` has returned so far, shape (MAX_PROBES,). Of those that a
-            counter says were sent, the rest comes with the next polls.
+        awaited: how many records of each probe were sent up to it and come with the next polls, shape (MAX_PROBES,).
         sampled: the last samples up to it; like those of ``poll`` they are returned once.
         own_cpu_ns: CPU time of this process.
     """
 
     unfinished: npt.NDArray[np.void]
-    rows: npt.NDArray[np.int64]
+    awaited: npt.NDArray[np.int64]
     sampled: npt.NDArray[np.void]
     own_cpu_ns: int
 
@@ -187,8 +187,9 @@ class Session:
         if self._traced.stacks is not None:  # before all else, so that no sample is later than the recording
             self._traced.stacks.stop(time.monotonic_ns())
         ended_ns, unfinished, counters = self._traced.stop()
-        missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
-        counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
+        # calls went on until they were detached: only what was counted is kept, so rows and counters agree exactly
+        late = self._traced.read()
+        counted = self._look_at(late[first_of_each_probe(late, self._awaited(counters))])
         stacks = self._take_stacks(is_last=True)
         self._show(counters, ended_ns)
         manifest = replace(
@@ -199,7 +200,7 @@ class Session:
             ended_by=ended_by,
             cost=self._cost(counters, ended_ns - self.started_ns, used_ns),
         )
-        return joined_events([sampled, counted, stacks, _without(unfinished, counted)]), counters, manifest
+        return joined_events([sampled, counted, stacks, without_finished(unfinished, counted)]), counters, manifest
 
     @property
     def stacks(self) -> StackTable | None:
@@ -223,7 +224,7 @@ class Session:
             time_ns, unfinished, counters = self._traced.state()
             if all(counter.hits == before[probe].hits for probe, counter in counters.items()):
                 break
-        return Mark(time_ns, counters, moment, unfinished, self._rows.copy(), sampled, own_cpu_ns())
+        return Mark(time_ns, counters, moment, unfinished, self._awaited(counters), sampled, own_cpu_ns())
 
     def part(self, start: Mark, end: Mark | None = None, counters: dict[int, ProbeCounters] | None = None) -> Manifest:
         """Return the manifest of the part of this session between two marks, or of one that has not ended.
@@ -305,6 +306,13 @@ class Session:
             self.progress.longest_stall_ns = max(self.progress.longest_stall_ns, int(durations.max()))
         self._rows += np.bincount(events["probe"], minlength=MAX_PROBES)
         return events
+
+    def _awaited(self, counters: Mapping[int, ProbeCounters]) -> npt.NDArray[np.int64]:
+        """Return how many records of each probe were sent and have not been returned, shape (MAX_PROBES,)."""
+        sent = np.zeros(MAX_PROBES, np.int64)
+        for probe, counter in counters.items():
+            sent[probe] = counter.sent
+        return np.maximum(sent - self._rows, 0)
 
     def _take_stacks(self, *, is_last: bool = False) -> npt.NDArray[np.void]:
         """Return the rows of the stack samples that were unwound meanwhile, or all that are left."""
@@ -456,23 +464,3 @@ def _cpu_model() -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:
-    """Return the first ``counts[probe]`` events of each probe, in their order.
-
-    The counters were read before detaching, and calls went on until that was done: only what was counted
-    is kept, so that rows and counters agree exactly.
-    """
-    keep = np.zeros(len(events), bool)
-    for probe, count in counts.items():
-        keep[np.flatnonzero(events["probe"] == probe)[: max(count, 0)]] = True
-    return events[keep]
-
-
-def _without(unfinished: npt.NDArray[np.void], finished: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Return the unfinished spans that did not finish after all before the counters were read."""
-    alike = finished[np.isin(finished["start_ns"], unfinished["start_ns"])]
-    done = {(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) for row in alike}
-    alive = [(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) not in done for row in unfinished]
-    return unfinished[np.array(alive, bool)]
