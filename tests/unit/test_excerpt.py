@@ -12,7 +12,7 @@ from recordings import MS, Builder, at, manifest
 
 from stallscope.tracer.boundary import Moment
 from stallscope.tracer.capture.excerpt import Excerpt, LastSamples
-from stallscope.tracer.capture.program import ACCEPT_PROBE, FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
+from stallscope.tracer.capture.probe_ids import ACCEPT_PROBE, FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
 from stallscope.tracer.capture.session import Mark, Session
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, ProbeCounters, ProbeInfo

@@ -26,7 +26,7 @@ from stallscope.tracer.capture.namespace import (
     namespace_inode,
     read_sysctls,
 )
-from stallscope.tracer.capture.program import COUNTER_PROBE, QUEUE_PROBE
+from stallscope.tracer.capture.probe_ids import COUNTER_PROBE, QUEUE_PROBE
 from stallscope.tracer.layout import EVENT, NO_STACK
 from stallscope.tracer.manifest import ListenerInfo, NamespaceInfo
 

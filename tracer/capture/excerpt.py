@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.tracer.boundary import gained
-from stallscope.tracer.capture.program import COUNTER_PROBE, FIRST_CALL_PROBE, MAX_PROBES, QUEUE_PROBE
+from stallscope.tracer.capture.probe_ids import COUNTER_PROBE, FIRST_CALL_PROBE, MAX_PROBES, QUEUE_PROBE
 from stallscope.tracer.capture.row_counts import first_of_each_probe, identity
 from stallscope.tracer.capture.session import Mark, Session
 from stallscope.tracer.errors import StallscopeError

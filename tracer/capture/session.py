@@ -19,7 +19,7 @@ from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_
 from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
+from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
 from stallscope.tracer.capture.redis_target import (
     Target,
     find_by_port,

@@ -19,9 +19,10 @@ from stallscope.tracer.capture.cost import CALIBRATION_PROBE
 from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG, plan_loop
 from stallscope.tracer.capture.listener import listener_probes, may_be_hooked, plan_listener
 from stallscope.tracer.capture.listener_program import LISTENER_PROBES, ListenerProgram
+from stallscope.tracer.capture.loaded_programs import LoadedPrograms
 from stallscope.tracer.capture.loader import Loader
 from stallscope.tracer.capture.on_demand import OnDemand, Place
-from stallscope.tracer.capture.program import (
+from stallscope.tracer.capture.probe_ids import (
     ACCEPT_PROBE,
     COUNTER_PROBE,
     FIRST_CALL_PROBE,
@@ -29,11 +30,8 @@ from stallscope.tracer.capture.program import (
     ITERATION_PROBE,
     QUEUE_PROBE,
     STACK_PROBE,
-    CallProbe,
-    LoadedPrograms,
-    MoreSources,
-    Program,
 )
+from stallscope.tracer.capture.program import CallProbe, MoreSources, Program
 from stallscope.tracer.capture.redis_target import Target
 from stallscope.tracer.capture.stack_capture import StackCapture
 from stallscope.tracer.capture.stack_reader import stack_probe

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from stallscope.tracer.boundary import Boundary
 from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
-from stallscope.tracer.capture.program import STACK_PROBE
+from stallscope.tracer.capture.probe_ids import STACK_PROBE
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target, why_hidden
 from stallscope.tracer.capture.ring import give_memory_back
 from stallscope.tracer.capture.session import Session, SessionOptions

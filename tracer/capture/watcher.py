@@ -19,7 +19,7 @@ from stallscope.tracer.boundary import Boundary
 from stallscope.tracer.capture.cost import own_cpu_ns, own_memory_bytes
 from stallscope.tracer.capture.detail import DetailTier
 from stallscope.tracer.capture.guard import OverheadGuard
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, STACK_PROBE
+from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE, STACK_PROBE
 from stallscope.tracer.capture.session import SessionOptions
 from stallscope.tracer.capture.stack_sampler import StackOptions
 from stallscope.tracer.capture.traced import TraceOptions, requested_functions

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from stallscope.tracer.analysis.compare.changes import Change
 from stallscope.tracer.analysis.compare.comparable import why_silent
-from stallscope.tracer.analysis.compare.comparison import Change, Comparison
+from stallscope.tracer.analysis.compare.comparison import Comparison
 from stallscope.tracer.analysis.compare.sides import Side
 from stallscope.tracer.units import format_count
 
