@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.tracer.boundary import gained
-from stallscope.tracer.capture.probe_ids import COUNTER_PROBE, FIRST_CALL_PROBE, MAX_PROBES, QUEUE_PROBE
+from stallscope.tracer.capture.probe_ids import COUNTER_PROBE, FIRST_CALL_PROBE, MAX_PROBES
 from stallscope.tracer.capture.row_counts import first_of_each_probe, identity
 from stallscope.tracer.capture.session import Mark, Session
 from stallscope.tracer.errors import StallscopeError
@@ -160,24 +160,6 @@ class Excerpt:
             if identity(row) not in still | self._came_back:
                 counters[probe] = replace(counter, short_calls=counter.short_calls - 1, unpaired=counter.unpaired + 1)
         return counters, end.unfinished[end.unfinished["start_ns"] >= self._start.time_ns]
-
-
-class LastSamples:
-    """The last sample of every accept queue and kernel counter: what holds when an excerpt begins."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[int, int, int], npt.NDArray[np.void]] = {}
-
-    def add(self, rows: npt.NDArray[np.void]) -> None:
-        """Take rows (dtype ``EVENT``)."""
-        for row in rows[(rows["probe"] == QUEUE_PROBE) | (rows["probe"] == COUNTER_PROBE)]:
-            # a queue is known by its listener, a counter by its number and its namespace
-            number = int(row["value"][0]) if row["probe"] == COUNTER_PROBE else 0
-            self._rows[int(row["probe"]), number, int(row["value"][2])] = row.copy().reshape(1)
-
-    def rows(self) -> npt.NDArray[np.void]:
-        """Return them all (dtype ``EVENT``)."""
-        return joined_events(list(self._rows.values()))
 
 
 def _without_straddling(counter: ProbeCounters, probe: int, count: int) -> ProbeCounters:

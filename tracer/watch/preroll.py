@@ -15,16 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.tracer.boundary import Boundary
+from stallscope.tracer.last_samples import LastSamples
 from stallscope.tracer.layout import EVENT_BYTES
-from stallscope.tracer.manifest import COUNTER, QUEUE, Manifest
+from stallscope.tracer.manifest import Manifest
 from stallscope.tracer.recording import empty_events, joined_events
 
 _PART_BYTES = 200
 _COUNTERS_BYTES = 800
 """What Python itself takes for an array, and for one probe's counters: counted with the events."""
-
-_STALE_NS = 5_000_000_000
-"""Everything that is sampled is sampled once a second at least: an older sample is of something that is gone."""
 
 _REMEMBERED_DROPS = 256
 
@@ -87,9 +85,8 @@ class Preroll:
         self._open: deque[npt.NDArray[np.void]] = deque()
         self._open_bytes = 0
         self._open_dropped = 0
-        self._samples: dict[tuple[int, ...], npt.NDArray[np.void]] = {}
+        self._samples = LastSamples()
         self._samples_now = empty_events()
-        self._keys: dict[int, tuple[tuple[int, int, int], ...]] = {}
         self._drops: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_DROPS)
 
     @property
@@ -109,14 +106,7 @@ class Preroll:
 
     def follow(self, manifest: Manifest) -> None:
         """Learn which probes are samples, and of what; to be called again whenever the probe list has grown."""
-        names = {QUEUE: ("listener",), COUNTER: ("counter", "namespace")}
-        self._keys = {
-            probe.id: tuple(
-                (item.slot, item.shift, item.bits) for item in probe.fields if item.name in names[probe.kind]
-            )
-            for probe in manifest.probes
-            if probe.kind in names
-        }
+        self._samples.follow(manifest)
 
     def add(self, events: npt.NDArray[np.void]) -> None:
         """Append events (dtype ``EVENT``, shape (n,)) to the open chunk; they must not be changed afterwards."""
@@ -140,7 +130,8 @@ class Preroll:
         self._chunks.append(chunk)
         self._closed_bytes += _chunk_size(chunk)
         self._begin = boundary
-        self._follow_samples(events, boundary.time_ns)
+        self._samples.add(events, boundary.time_ns)
+        self._samples_now = self._samples.rows()
         while self._chunks and _end_ns(self._chunks[0]) < boundary.time_ns - self.keep_ns:
             self.expired += len(self._pop().events)
         self._shrink()
@@ -181,21 +172,6 @@ class Preroll:
         chunk = self._chunks.popleft()
         self._closed_bytes -= _chunk_size(chunk)
         return chunk
-
-    def _follow_samples(self, events: npt.NDArray[np.void], now_ns: int) -> None:
-        """Remember the last row of everything sampled."""
-        for row in events[np.isin(events["probe"], np.array(list(self._keys), np.uint16))]:
-            probe = int(row["probe"])
-            values = row["value"].tolist()
-            subject = [values[slot] >> shift & (1 << bits) - 1 for slot, shift, bits in self._keys[probe]]
-            self._samples[(probe, *subject)] = row
-        for key in [key for key, row in self._samples.items() if int(row["start_ns"]) < now_ns - _STALE_NS]:
-            del self._samples[key]
-        self._samples_now = empty_events(len(self._samples))
-        for place, row in enumerate(self._samples.values()):
-            self._samples_now[place] = row
-        # a row would keep its whole batch in memory
-        self._samples = dict(zip(self._samples, self._samples_now, strict=True))
 
 
 def _size(events: npt.NDArray[np.void]) -> int:
