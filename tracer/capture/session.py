@@ -29,7 +29,8 @@ from stallscope.tracer.capture.redis_target import (
     server_information,
 )
 from stallscope.tracer.capture.row_counts import first_of_each_probe, without_finished
-from stallscope.tracer.capture.traced import TracedSet, TraceOptions
+from stallscope.tracer.capture.trace_options import TraceOptions
+from stallscope.tracer.capture.traced import TracedSet
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import Manifest, NamespaceInfo, ProbeCounters, TargetInfo

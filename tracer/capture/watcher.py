@@ -22,7 +22,7 @@ from stallscope.tracer.capture.guard import OverheadGuard
 from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE, STACK_PROBE
 from stallscope.tracer.capture.session import SessionOptions
 from stallscope.tracer.capture.stack_sampler import StackOptions
-from stallscope.tracer.capture.traced import TraceOptions, requested_functions
+from stallscope.tracer.capture.trace_options import TraceOptions, requested_functions
 from stallscope.tracer.capture.watchdog import Watchdog
 from stallscope.tracer.capture.watched import WatchedSession
 from stallscope.tracer.errors import UsageError

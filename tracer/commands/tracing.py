@@ -75,7 +75,7 @@ def session_options(
         UsageError: there is nothing to trace, or a value is out of bounds.
     """
     from stallscope.tracer.capture.session import SessionOptions
-    from stallscope.tracer.capture.traced import TraceOptions, requested_functions
+    from stallscope.tracer.capture.trace_options import TraceOptions, requested_functions
 
     if not pids and not ports:
         raise UsageError(f"nothing to {verb}; name a server with --port PORT or -p PID")

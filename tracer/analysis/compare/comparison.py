@@ -17,6 +17,7 @@ import numpy as np
 
 from stallscope.tracer.analysis.compare.changes import DEFAULT_VARIATION, QUANTILES, Change, Changes
 from stallscope.tracer.analysis.compare.comparable import DEFAULT_LOAD_BAND, Load, Obstacle, loads, obstacles
+from stallscope.tracer.analysis.compare.headline import headline, notes
 from stallscope.tracer.analysis.compare.sides import ACCEPT_WAIT, OVERFLOWS, STALLS, Side
 
 COMPARISON_VERSION = 1
@@ -110,8 +111,6 @@ def compare(
         variation: standard deviation from recording to recording, as a share, where it is not measured.
         load_band: by how much the load may differ, as a share.
     """
-    from stallscope.tracer.analysis.compare.headline import headline, notes
-
     found = obstacles(before, after, load_band)
     changes: list[Change] = []
     for subject in subjects(before, after):
