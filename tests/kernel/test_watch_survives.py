@@ -14,7 +14,7 @@ import pytest
 from lab import LabError
 from lab.server import Server, find_server, running_server
 from tracing import Rows, require_tracing, until
-from watches import Watch, iterations, watching
+from watch_process import Watch, iterations, watching
 
 from stallscope.tracer.recording import read_recording
 
