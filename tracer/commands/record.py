@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stallscope.tracer.capture.session import Progress
 
 _MAX_LOST_SHARE = 0.01
+_DEFAULT_STACK_RATE_HZ = 199
 """More lost events than this share and ``record`` ends with exit code 5."""
 
 
@@ -68,14 +69,14 @@ _MAX_LOST_SHARE = 0.01
     help="Sample the stacks of the servers' main threads: always (the default of --stacks), or in stalls only.",
 )  # fmt: skip
 @click.option(
-    "--stack-rate", type=click.IntRange(99, 999), default=199, show_default=True, metavar="HZ",
-    help="Stack samples a second of CPU time, from 99 to 999.",
+    "--stack-rate", type=click.IntRange(99, 999), metavar="HZ",
+    help="Stack samples a second of CPU time, from 99 to 999; 199 if not given.",
 )  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="No progress line.")
 def record(
     pids: tuple[int, ...], ports: tuple[int, ...], duration: int, output: Path | None, force: bool,
     probes: tuple[str, ...], no_default_probes: bool, min_duration: int, stall: int, sample: int,
-    ring_size: int, stacks: str | None, stack_rate: int, quiet: bool,
+    ring_size: int, stacks: str | None, stack_rate: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Record the slow calls of live Redis servers, with their accept queues beside them.
 
@@ -103,9 +104,12 @@ def record(
         raise UsageError("--sample is below 1ms; the sampler would cost more than it shows")
     if ring_size < 65536 or ring_size & (ring_size - 1):
         raise UsageError("--ring-size must be a power of two and at least 64K, as 8M")
+    if stack_rate and not stacks:
+        raise UsageError("--stack-rate samples nothing by itself; add --stacks, or --stacks=stalls")
+    interval_ns = 1_000_000_000 // (stack_rate or _DEFAULT_STACK_RATE_HZ)
     trace = TraceOptions(
         requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size,
-        stacks=StackOptions(1_000_000_000 // stack_rate, stacks == "always") if stacks else None,
+        stacks=StackOptions(interval_ns, stacks == "always") if stacks else None,
     )  # fmt: skip
     password = os.environ.get("REDISCLI_AUTH", "")
     session = SessionOptions(pids, ports, trace, no_default_probes, password, tuple(sys.argv))

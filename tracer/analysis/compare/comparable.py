@@ -264,7 +264,10 @@ def who_does_it_now(side: Side, name: str) -> str:
         return f"{moved}; trace that with --probe on both sides"
     function = catalogue.lookup(name)
     if function is None:
-        return "the catalogue does not know it; stallscope probes tells whether it was inlined or renamed"
+        tells = "stallscope probes tells whether it was inlined or renamed"
+        return (
+            f"the catalogue does not know it; {tells}" if side.probes(name) else f"record with --probe {name}; {tells}"
+        )
     names = [other for version, product in _servers(side)
              for other in catalogue.names_in(function, version, server=product) if other != name]  # fmt: skip
     if names:
