@@ -242,7 +242,9 @@ def why_silent(side: Side, name: str) -> str:
     ran = [caller for caller in function.callers if side.hits(caller)]
     if not ran or not all(probe.symbol.split(".")[0] == name for probe in probes):
         return ""
-    return f"{name} was not called, although {ran[0]}, whose code calls it, ran {side.hits(ran[0]):,} times"
+    return (
+        f"{name} was not called, although {ran[0]}, whose code calls it, ran {format_count(side.hits(ran[0]), 'time')}"
+    )
 
 
 def who_does_it_now(side: Side, name: str) -> str:
