@@ -63,11 +63,6 @@ class StackTable:
         self._stack_ids: dict[tuple[int, ...], int] = {}
         self._lock = threading.Lock()
 
-    @property
-    def is_half_full(self) -> bool:
-        """Return whether it has half as many stacks or functions as it can hold."""
-        return len(self.stacks) * 2 > MAX_STACKS or len(self.frames) * 2 > MAX_FRAMES
-
     def add(self, frames: Sequence[StackFrame]) -> int:
         """Return the number of a stack, outermost function first; ``NO_STACK`` when the table is full."""
         with self._lock:

@@ -107,6 +107,18 @@ class TestStall:
         assert 0 < longest["weight_ns"] <= span[1] - detail.trigger_ns
 
 
+def test_a_busy_stall_has_its_stacks(server: Server, watch: Watch) -> None:
+    """They are taken while it lasts; a server that sleeps since before the trigger is not sampled."""
+    seen = len(watch.captured())
+    server.command("EVAL", "local n = 0 for i = 1, 30000000 do n = n + i % 7 end return n", "0")
+    rows = watch.capture(seen)
+    (span,) = [span for span in iterations(rows, 200 * MS) if span[1] >= rows.manifest.triggers[0].time_ns]
+    samples = rows.of("stack sample")
+    inside = samples[(samples["start_ns"] >= span[0]) & (samples["start_ns"] <= span[1]) & (samples["stack"] >= 0)]
+    functions = {frame.function for stack in inside["stack"] for frame in rows.recording.stacks.stack(int(stack))}
+    assert "luaV_execute" in functions, functions
+
+
 class TestOtherTriggers:
     def test_a_culprit_nobody_named(self, server: Server, watch: Watch) -> None:
         seen = len(watch.captured())

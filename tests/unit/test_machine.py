@@ -562,3 +562,21 @@ def test_vagrant_accepts_the_vagrantfile(tmp_path):
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "validated successfully" in ended.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_what_a_killed_build_left_mounted_is_unmounted_not_emptied(tmp_path: Path) -> None:
+    source, tree = tmp_path / "source", tmp_path / "build 1"
+    inner = tree / "tree" / "proc"
+    for folder in (source, inner):
+        folder.mkdir(parents=True)
+    (source / "kept").write_text("kept")
+    done = subprocess.run(["mount", "--bind", str(source), str(inner)], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"mounting is refused here: {done.stderr.strip()}")
+    try:
+        image.remove_tree(tree)
+    finally:
+        subprocess.run(["umount", "--lazy", str(inner)], capture_output=True)
+    assert not tree.exists()
+    assert (source / "kept").read_text() == "kept"

@@ -40,16 +40,27 @@ AT_ONCE = 2000
 def test_every_instruction_unwinds_to_its_callers(tmp_path: Path, options: str, misled: dict[str, int]) -> None:
     program = tmp_path / "stepped"
     subprocess.run(["gcc", "-o", program, SOURCE, "-Wl,-z,lazy", *options.split()], check=True)
+    steps = stepped(program)
+    for below in (RED_ZONE_BYTES, 0):
+        wrong = unwind_and_compare(steps, below)
+        if wrong != misled:
+            # On a busy machine the shadow stack has missed a call, once in some twenty runs: then the truth is wrong.
+            # What the unwinder gets wrong it gets wrong again.
+            wrong &= unwind_and_compare(stepped(program), below)
+        assert wrong == misled
+
+
+def stepped(program: Path) -> single_step.Steps:
     try:
         steps = single_step.run(program, size=COPIED_BYTES, below=RED_ZONE_BYTES, limit=LIMIT)
     except OSError as error:
         pytest.skip(f"requires ptrace: {error}")
     assert len(steps.truth) > 4000
-    for below in (RED_ZONE_BYTES, 0):
-        unwind_and_compare(steps, misled, below)
+    return steps
 
 
-def unwind_and_compare(steps: single_step.Steps, misled: dict[str, int], below: int) -> None:
+def unwind_and_compare(steps: single_step.Steps, below: int) -> Counter[str]:
+    """Return at how many instructions of each function the unwinder and the shadow stack differ."""
     unwinder = Unwinder(steps.mappings, steps.images)
     stacks, lengths = steps.stacks[:, RED_ZONE_BYTES - below :], steps.lengths - RED_ZONE_BYTES + below
     wrong: Counter[str] = Counter()
@@ -68,11 +79,10 @@ def unwind_and_compare(steps: single_step.Steps, misled: dict[str, int], below: 
                 assert truth[0] == found.addresses[row, 0]
             elif found.addresses[row, : len(truth)].tolist() != truth or found.ended[row] != Ended.REACHED_END:
                 wrong[chain[0]] += 1
-            else:
-                assert np.flatnonzero(found.is_exact[row]).tolist() == exact
-            assert chain[0] in misled or (chain[-1] == "_start" and "main" in chain), chain
-    assert wrong == misled
+            elif np.flatnonzero(found.is_exact[row]).tolist() != exact or chain[-1] != "_start" or "main" not in chain:
+                wrong[chain[0]] += 1
     assert seen >= EVERYWHERE
+    return wrong
 
 
 EVERYWHERE = {

@@ -46,6 +46,7 @@ def test_a_file_says_everything_the_command_line_can(tmp_path: Path) -> None:
         memory = "32M"
         output = "/var/lib/stallscope"
         detail = "always"
+        stacks = false
         probe = ["dictRehashMilliseconds"]
         exec = "mail -s stall root"
         exec-timeout = "10s"
@@ -59,8 +60,8 @@ def test_a_file_says_everything_the_command_line_can(tmp_path: Path) -> None:
         pids=(4711, 4712), ports=(6379,), all_redis=True, triggers=parse_triggers(["stall>50ms", "overflow>0"]),
         before_ns=2 * 10**9, after_ns=3 * 10**9, cooldown_ns=300 * 10**9, longest_ns=60 * 10**9, max_captures=7,
         max_disk_bytes=2 * 2**30, memory_bytes=32 * 2**20, output=Path("/var/lib/stallscope"), detail="always",
-        probes=("dictRehashMilliseconds",), command="mail -s stall root", command_ns=10 * 10**9, report=True,
-        max_overhead=0.005, metrics=("127.0.0.1", 9121), sample_ns=20_000_000, ring_bytes=16 * 2**20,
+        stacks=False, probes=("dictRehashMilliseconds",), command="mail -s stall root", command_ns=10 * 10**9,
+        report=True, max_overhead=0.005, metrics=("127.0.0.1", 9121), sample_ns=20_000_000, ring_bytes=16 * 2**20,
     )  # fmt: skip
     assert all(f"{name} =" in text for name in OPTIONS), "every option is in this test"
 

@@ -78,7 +78,7 @@ class StackCapture:
         self._reader.remove(pid)
 
     def renew(self) -> None:
-        """Begin a new table when the present one is half full; no row that is still wanted may name its stacks."""
+        """Begin a new table: no row is wanted any more that names a stack of the present one."""
         self._reader.renew()
 
     def take(self) -> tuple[npt.NDArray[np.void], list[str]]:

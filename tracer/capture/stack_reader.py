@@ -89,9 +89,9 @@ class StackReader:
             self._gone[pid] = time.monotonic_ns() + _REMEMBERED_NS
 
     def renew(self) -> None:
-        """Begin a new table when the present one is half full."""
+        """Begin a new table: no row is wanted any more that names a stack of the present one."""
         with self._lock:
-            if self.table.is_half_full:
+            if self.table.stacks:
                 self.table = StackTable()
 
     def take(self) -> tuple[npt.NDArray[np.void], list[str]]:

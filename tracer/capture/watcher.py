@@ -18,7 +18,7 @@ from stallscope.probes import catalogue
 from stallscope.tracer.capture.cost import own_cpu_ns, own_memory_bytes
 from stallscope.tracer.capture.detail import DetailTier
 from stallscope.tracer.capture.guard import OverheadGuard
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE
+from stallscope.tracer.capture.program import FIRST_CALL_PROBE, STACK_PROBE
 from stallscope.tracer.capture.session import SessionOptions
 from stallscope.tracer.capture.stack_sampler import StackOptions
 from stallscope.tracer.capture.traced import TraceOptions, requested_functions
@@ -45,6 +45,9 @@ STACK_PERIOD_NS = 1_000_000_000 // 499
 
 CHUNK_NS = 500_000_000
 """How often the counters are read; a capture begins at such a moment."""
+
+LATE_NS = 1_000_000_000
+"""How late a trigger may be noticed on a busy machine; the pre-roll reaches back from the moment it came true."""
 
 RECORDED_STALL_NS = 10_000_000
 """Iterations are recorded from here on, as of ``record``, where they are seen one by one."""
@@ -124,7 +127,7 @@ class Watcher:
             self._session = WatchedSession(
                 SessionOptions(options.pids, options.ports, trace_options(options), False, password, command),
                 all_redis=options.all_redis,
-                keep_ns=options.before_ns + 2 * CHUNK_NS,
+                keep_ns=options.before_ns + LATE_NS + 2 * CHUNK_NS,
                 stall_ns=shortest_ns(options.triggers, STALL, RECORDED_STALL_NS),
             )
         except BaseException:
@@ -134,7 +137,7 @@ class Watcher:
             self._session.note(f"left by an earlier watch: {text}")
         begin = self._session.boundary()
         self._aftercare = Aftercare(options.command, report=options.report, command_ns=options.command_ns, verdict=True)
-        self._preroll = Preroll(options.before_ns, options.memory_bytes, begin)
+        self._preroll = Preroll(options.before_ns + LATE_NS, options.memory_bytes, begin)
         self._captures = Captures(options.capture, self._folder, self._preroll, lambda: self._session.stacks)
         self._triggers = TriggerState(options.triggers)
         self._manifest = self._session.manifest()
@@ -146,7 +149,7 @@ class Watcher:
         self._spent: deque[_Spent] = deque()
         self._next_look_ns = 0
         self._next_chunk_ns = begin.time_ns + CHUNK_NS
-        self._lost = lost_events(begin.counters)
+        self._lost = _lost_events(begin)
         self.totals.started_ns = begin.time_ns
         self._keep_spent(begin)
         self._learn()
@@ -243,7 +246,7 @@ class Watcher:
     def _close_chunk(self, now_ns: int) -> None:
         self._next_chunk_ns = now_ns + CHUNK_NS
         boundary = self._session.boundary()
-        self._lost = lost_events(boundary.counters)
+        self._lost = _lost_events(boundary)
         self._keep_spent(boundary)
         self._guard.look(boundary, self.options.max_overhead)
         self._say_notes()
@@ -301,7 +304,7 @@ class Watcher:
             self._triggers.follow(self._manifest)
         self.options = options
         self._captures.options = options.capture
-        self._preroll.keep_ns, self._preroll.max_bytes = options.before_ns, options.memory_bytes
+        self._preroll.keep_ns, self._preroll.max_bytes = options.before_ns + LATE_NS, options.memory_bytes
         self._folder.max_captures, self._folder.max_bytes = options.max_captures, options.max_disk_bytes
         self._aftercare.command, self._aftercare.report = options.command, options.report
         self._aftercare.command_ns = options.command_ns
@@ -399,8 +402,13 @@ def trace_options(options: WatchOptions) -> TraceOptions:
         options.ring_bytes,
         on_demand,
         loop_on_demand=options.detail != DETAIL_ALWAYS,
-        stacks=StackOptions(STACK_PERIOD_NS, always=False, on_demand=True),
+        stacks=StackOptions(STACK_PERIOD_NS, always=False, on_demand=True) if options.stacks else None,
     )
+
+
+def _lost_events(boundary: Boundary) -> int:
+    """Return how many events were lost; a stack sample that is lost is no event that is missing."""
+    return lost_events({probe: one for probe, one in boundary.counters.items() if probe != STACK_PROBE})
 
 
 def _described(finished: Finished) -> str:

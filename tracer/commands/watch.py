@@ -52,6 +52,7 @@ def _flag(name: str, text: str) -> Callable[[_Command], _Command]:
 @_option("output", "DIR", "Folder of the captures; captures if not given.", short="-o")
 @_option("detail", "WHEN", "Attach detail probes on-trigger or always; on-trigger if not given.")
 @_option("probe", "[LIB:]FUNC", "Trace this function too, as detail; may be repeated.", multiple=True)
+@click.option("--stacks/--no-stacks", default=None, help="Sample the stacks of a stall while it lasts, as detail.")
 @_option("exec", "CMD", "Run this after a capture; it gets path and findings as JSON on stdin.")
 @_option("exec-timeout", "TIME", "And kill it after so long; 1m if not given.")
 @_flag("report", "Draw the page of each capture beside it.")

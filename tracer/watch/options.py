@@ -98,7 +98,7 @@ class WatchOptions:
         max_captures, max_disk_bytes: what is kept in ``output``, the folder.
         memory_bytes: bound of the pre-roll, and of what waits to be written.
         detail: ``on-trigger`` or ``always``.
-        probes: further functions to trace as detail.
+        probes: further functions to trace as detail. stacks: sample stacks as detail too.
         command: run after each capture, "" for none; command_ns: its time limit. report: draw a page.
         max_overhead: share of a server's time that probes may take.
         metrics: address and port, None for none.
@@ -119,6 +119,7 @@ class WatchOptions:
     output: Path = field(default_factory=lambda: Path("captures"))
     detail: str = DETAIL_ON_TRIGGER
     probes: tuple[str, ...] = ()
+    stacks: bool = True
     command: str = ""
     command_ns: int = 60 * _NS_PER_S
     report: bool = False
@@ -157,6 +158,7 @@ OPTIONS: Mapping[str, _Option] = {
     "memory": _Option("memory_bytes", _of_text(parse_bytes), reloadable=True),
     "output": _Option("output", _of_text(Path)),
     "detail": _Option("detail", _detail),
+    "stacks": _Option("stacks", _flag),
     "probe": _Option("probes", _text, repeated=True),
     "exec": _Option("command", _text, reloadable=True),
     "exec-timeout": _Option("command_ns", _of_text(parse_duration_ns), reloadable=True),

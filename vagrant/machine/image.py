@@ -80,7 +80,7 @@ def build(store: Path, note: Note, *, force: bool = False) -> bool:
             note(f"{time.monotonic() - started:4.0f} s  {what}")
 
         for leftover in store.glob("build.[0-9]*"):
-            shutil.rmtree(leftover)
+            remove_tree(leftover)
         work = store / f"build.{os.getpid()}"
         work.mkdir()
         try:
@@ -89,10 +89,32 @@ def build(store: Path, note: Note, *, force: bool = False) -> bool:
                 (store / "image").rename(work / "old")
             (work / "image").rename(store / "image")
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            remove_tree(work)
         megabytes = root_image(store).stat().st_blocks * 512 // 1_000_000
         progress(f"{store}/image is ready, {megabytes} MB")
         return True
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a tree, and first what a build that was killed left mounted in it: /proc, /sys, /dev.
+
+    Raises:
+        MachineError: something stays mounted; nothing is removed then.
+    """
+    for place in _mounted_below(folder):
+        subprocess.run(["umount", "--lazy", place], check=False, capture_output=True)
+    left = _mounted_below(folder)
+    if left:
+        raise MachineError(f"{left[0]} is mounted and cannot be unmounted; run: umount {left[0]}")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mounted_below(folder: Path) -> list[str]:
+    """Return where something is mounted in a folder, innermost first."""
+    above = f"{folder.resolve()}/"
+    lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    places = [line.split(" ")[1].replace("\\040", " ") for line in lines]
+    return sorted((place for place in places if place.startswith(above)), key=len, reverse=True)
 
 
 def _build(work: Path, log: Path, progress: Note) -> None:

@@ -1,0 +1,35 @@
+"""A soak of ``stallscope watch``, shortened; ``make soak`` runs the same for an hour."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from lab import LabError
+from lab.server import find_server
+from tracing import require_tracing
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from soak import NEW, OLD, soak
+
+SECONDS = 75.0
+SEED = 20
+
+
+def test_every_stall_is_captured_and_none_invented_whatever_happens() -> None:
+    """In the middle the watch is killed, the disk runs full, and the server is killed, and upgraded."""
+    require_tracing()
+    for build in (OLD, NEW):
+        try:
+            find_server(build)
+        except LabError as error:
+            pytest.skip(str(error))
+    result = soak(SECONDS, SEED)
+    print("\n".join(result.lines()))
+    assert len(result.stalls) >= 4
+    assert {stall.pid for stall in result.stalls} > {result.stalls[0].pid}, "on more than one server"
+    assert result.missed == []
+    assert result.invented == []
+    assert result.captures > 0
