@@ -67,8 +67,8 @@ def _subject(subject: str, changes: list[Change], confidence: float) -> list[Lin
         style = "" if not change.significant else "bold red" if (change.ratio or 2) > 1 else "bold green"
         table.add_row(
             change.quantity,
-            value_text(change.before, change.unit),
-            value_text(change.after, change.unit),
+            value_text(change.before, change),
+            value_text(change.after, change),
             Text(change_text(change) if change.significant else NONE, style=style),
             interval_text(change),
             p_text(change),
@@ -83,8 +83,9 @@ def _subject(subject: str, changes: list[Change], confidence: float) -> list[Lin
     return lines
 
 
-def value_text(estimate: Estimate, unit: str) -> str:
-    """Return a number with its unit."""
+def value_text(estimate: Estimate, change: Change) -> str:
+    """Return a number of a change with its unit; rates before and after have the same, that of the lower."""
+    unit = change.unit
     if estimate.value is None:
         return "-"
     sign = "< " if estimate.below else ""
@@ -92,7 +93,8 @@ def value_text(estimate: Estimate, unit: str) -> str:
         return sign + format_duration_ns(estimate.value)
     if unit == "ns/s":
         return f"{format_duration_ns(estimate.value)}/s"
-    short = rate_text(estimate.value).replace(" per hour", "/h").replace(" per minute", "/min")
+    alike = min((one.value for one in (change.before, change.after) if one.value), default=estimate.value)
+    short = rate_text(estimate.value, alike).replace(" per hour", "/h").replace(" per minute", "/min")
     return short.replace(" per second", "/s")
 
 

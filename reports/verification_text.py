@@ -7,8 +7,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from stallscope.reports.lines import INDENT, Line, faint, heading, plain, stripped, table_of
-from stallscope.tracer.analysis.compare.checks import INCONCLUSIVE, NOT_VERIFIED, VERIFIED
-from stallscope.tracer.analysis.compare.limits import exposure_text
+from stallscope.tracer.analysis.compare.checks import INCONCLUSIVE, NOT_VERIFIED, VERIFIED, more_text
 from stallscope.tracer.analysis.compare.plan import TRUE_SHARES, Plan
 from stallscope.tracer.analysis.compare.verify import Verification
 
@@ -35,7 +34,7 @@ def render_plan(result: Plan, console: Console) -> None:
     for step in result.steps:
         chances = [f"{chance:.0%}" for _, chance in step.chances]
         events = "none" if not step.events else f"at most {step.events}"
-        table.add_row(events, exposure_text(step.exposure_s), *chances, f"{step.expected_before:,.1f}")
+        table.add_row(events, more_text(step.exposure_s), *chances, f"{step.expected_before:,.1f}")
     legend = (
         "at 10%: the chance to be verified after that time, if the true rate is 10% of the one claimed; "
         "before: how many would come in that time at the baseline's rate"

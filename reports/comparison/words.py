@@ -67,8 +67,8 @@ def _row(change: Change) -> Row:
         (
             Cell(change.subject, change.subject),
             Cell(change.quantity, change.quantity),
-            _value(change.before, change.unit),
-            _value(change.after, change.unit),
+            _value(change.before, change),
+            _value(change.after, change),
             Cell(change_text(change) if change.significant else NONE, _fold(change) if change.significant else 0.0),
             Cell(interval_text(change), low),
             Cell(p_text(change), change.p_adjusted),
@@ -78,8 +78,8 @@ def _row(change: Change) -> Row:
     )
 
 
-def _value(estimate: Estimate, unit: str) -> Cell:
-    return Cell(value_text(estimate, unit), -1.0 if estimate.value is None else estimate.value)
+def _value(estimate: Estimate, change: Change) -> Cell:
+    return Cell(value_text(estimate, change), -1.0 if estimate.value is None else estimate.value)
 
 
 def _fold(change: Change) -> float:

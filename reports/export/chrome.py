@@ -12,6 +12,10 @@
     overflow, connection request an instant of the listener's process; of no process where that is not known
     accept queue                 counters: its length, limit and drops
     kernel counter               a counter of process 0, named kernel
+    stack sample                 an instant of its thread
+    imported packet              an instant of a process named imported
+    SLOWLOG, LATENCY entry       an async pair of that process; ``uncertain_ns`` is in its args
+    INFO field                   a counter of that process, with its unit in the name
     ============================ ==================================================================================
 
 The format counts microseconds: ``ts`` is that since the recording's start (or the first event, if that is earlier:
@@ -36,8 +40,11 @@ from stallscope.reports.export.naming import (
     ACCEPT_KIND,
     CALL_KIND,
     COUNTER_KIND,
+    IMPORTED_SAMPLE_KIND,
+    IMPORTED_SPAN_KIND,
     ITERATION_KIND,
     OVERFLOW_KIND,
+    PACKET_KIND,
     QUEUE_COUNTERS,
     QUEUE_KIND,
     REQUEST_KIND,
@@ -47,6 +54,8 @@ from stallscope.reports.export.naming import (
 from stallscope.tracer.analysis.analysis import Analysis
 
 KERNEL_PID = 0
+IMPORTED_PID = 2**22 + 1
+"""What was imported belongs to no process of this host; the kernel gives no number above 2^22 (PID_MAX_LIMIT)."""
 
 _NOT_ARGUMENTS = {
     "id", "kind", "name", "time", "since_zero_ns", "since_start_ns", "duration_ns",
@@ -85,7 +94,9 @@ def _earliest_ns(analysis: Analysis) -> int:
     tables, nested = analysis.tables, analysis.nested
     spans = (nested.calls, nested.abandoned, tables.iterations, tables.accepts)
     starts = [frame["start_ns"] for frame in spans]
-    starts += [frame["time_ns"] for frame in (tables.queues, tables.counters, tables.requests, tables.samples)]
+    moments = (tables.queues, tables.counters, tables.requests, tables.samples)
+    starts += [frame["time_ns"] for frame in (*moments, tables.packets, tables.imported_samples)]
+    starts.append(tables.imported_spans["start_ns"])
     return min([analysis.manifest.started_ns, *(int(times.min()) for times in starts if len(times))])
 
 
@@ -95,7 +106,10 @@ def _names(analysis: Analysis) -> Iterator[dict[str, Any]]:
     spans = pd.concat([frame[["pid", "tid"]] for frame in (nested.calls, nested.abandoned, tables.iterations)])
     threads = spans.drop_duplicates().to_numpy().tolist()
     processes = process_names(analysis.manifest, {pid for pid, _ in threads})
-    for pid, name in (processes | {KERNEL_PID: "kernel"}).items():
+    processes[KERNEL_PID] = "kernel"
+    if any(len(frame) for frame in (tables.packets, tables.imported_spans, tables.imported_samples)):
+        processes[IMPORTED_PID] = "imported"
+    for pid, name in processes.items():
         yield {"ph": "M", "name": "process_name", "pid": pid, "tid": pid, "args": {"name": name}}
     for pid, tid in threads:
         name = "main thread" if tid == pid else f"thread {tid}"
@@ -107,10 +121,10 @@ def _calls(columns: _Columns) -> Iterator[pa.Array]:
     yield _event("X", columns, _name(columns), columns["since_zero_ns"], duration, _args(columns))
 
 
-def _async(columns: _Columns) -> Iterator[pa.Array]:
+def _async(columns: _Columns, number: str = "tid") -> Iterator[pa.Array]:
     stalled = columns["stall"].is_valid()
     name = pc.if_else(stalled, '"stall"', _name(columns))
-    pairs = joined('"id":"', columns["kind"], " ", columns["tid"], '"')
+    pairs = joined('"id":"', columns["kind"], " ", columns[number], '"')
     end_ns = pc.add(columns["since_zero_ns"], columns["duration_ns"])
     begin = _event("b", columns, name, columns["since_zero_ns"], pairs, _args(columns))
     yield joined(begin, ",\n", _event("e", columns, name, end_ns, pairs))
@@ -140,6 +154,26 @@ def _counters(columns: _Columns) -> Iterator[pa.Array]:
     yield _event("C", columns, quoted(name), columns["since_zero_ns"], _args({"events": columns["count"]}))
 
 
+def _imported(columns: _Columns) -> _Columns:
+    return columns | {"pid": pa.repeat(pa.scalar(IMPORTED_PID), len(columns["id"]))}
+
+
+def _packets(columns: _Columns) -> Iterator[pa.Array]:
+    return _instants(_imported(columns))
+
+
+def _imported_spans(columns: _Columns) -> Iterator[pa.Array]:
+    # each pair has its own id: what Redis tells in whole seconds overlaps
+    yield from _async(_imported(columns), "id")
+
+
+def _imported_samples(columns: _Columns) -> Iterator[pa.Array]:
+    columns = _imported(columns)
+    unit = pc.if_else(columns["unit"].is_valid(), joined(", ", pc.fill_null(columns["unit"], "")), "")
+    name = quoted(joined(columns["name"], unit))
+    yield _event("C", columns, name, columns["since_zero_ns"], _args({"value": columns["value"]}))
+
+
 _EVENTS: dict[str, Callable[[_Columns], Iterator[pa.Array]]] = {
     CALL_KIND: _calls,
     ABANDONED: _thread_instants,
@@ -149,6 +183,9 @@ _EVENTS: dict[str, Callable[[_Columns], Iterator[pa.Array]]] = {
     COUNTER_KIND: _counters,
     REQUEST_KIND: _instants,
     OVERFLOW_KIND: _instants,
+    PACKET_KIND: _packets,
+    IMPORTED_SPAN_KIND: _imported_spans,
+    IMPORTED_SAMPLE_KIND: _imported_samples,
     STACK_SAMPLE_KIND: _thread_instants,
 }
 

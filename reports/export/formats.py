@@ -28,6 +28,7 @@ class Format:
         many_rows: above so many events opening it takes half a minute and more, or fails; None: it does not matter.
         why: what happens then, for the reader.
         load_samples: returns the function that writes the stack samples instead of calls; None: it has none.
+        has_imported: what ``stallscope import`` added is in it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Format:
     many_rows: int | None = None
     why: str = ""
     load_samples: Callable[[], Exporter] | None = None
+    has_imported: bool = False
 
     def beside(self, recording: Path) -> Path:
         """Return the name of the export that belongs to a recording: the same with the format's suffix."""
@@ -107,7 +109,10 @@ FORMATS = {
         Format(
             "perfetto", ".pftrace", "Perfetto: ui.perfetto.dev, trace_processor", False, _perfetto, 2_000_000, _SLOW
         ),
-        Format("chrome", ".trace.json", "Chrome's trace events: chrome://tracing", True, _chrome, 2_000_000, _SLOW),
+        Format(
+            "chrome", ".trace.json", "Chrome's trace events: chrome://tracing", True, _chrome, 2_000_000, _SLOW,
+            has_imported=True,
+        ),
         Format(
             "speedscope", ".speedscope.json", "speedscope: speedscope.app", True, _speedscope, 2_000_000, _SLOW,
             _speedscope_samples,
@@ -116,12 +121,15 @@ FORMATS = {
             "folded", ".folded", "folded stacks, self time in us: flamegraph.pl, inferno", True, _folded,
             load_samples=_folded_samples,
         ),
-        Format("parquet", ".parquet", "one row an event: DuckDB, pandas, polars", False, _parquet),
+        Format("parquet", ".parquet", "one row an event: DuckDB, pandas, polars", False, _parquet, has_imported=True),
         Format(
             "csv", ".csv", "the same rows: spreadsheets", True, _csv, _SPREADSHEET_LINES - 1,
-            f"a spreadsheet takes {_SPREADSHEET_LINES:,} lines",
+            f"a spreadsheet takes {_SPREADSHEET_LINES:,} lines", has_imported=True,
         ),
-        Format("ndjson", ".ndjson", "the same rows, a JSON object a line: jq, log pipelines", True, _ndjson),
+        Format(
+            "ndjson", ".ndjson", "the same rows, a JSON object a line: jq, log pipelines", True, _ndjson,
+            has_imported=True,
+        ),
     )
 }  # fmt: skip
 """All formats by name."""

@@ -16,6 +16,7 @@
     kernel counter               a counter, of the network namespace
     connection request           an instant on the listener's track ``requests``
     note; the recording itself   an instant and a slice on the track ``recording``
+    what was imported            nothing; Chrome's format has it
     ============================ ==================================================================================
 
 Times are CLOCK_MONOTONIC, so the trace fits beside others of that clock; clock snapshots at both ends tie it to

@@ -191,7 +191,7 @@ def listeners_table(timeline: Timeline) -> Table:
         count = item.overflows
         cells = (
             Cell(item.address, item.address),
-            _count(item.pid),
+            Cell(str(item.pid), item.pid),
             Cell("?", -1) if item.queue_max is None else _count(item.queue_max),
             *(_count(number) for number in (item.queue_limit, count.total, count.inside, count.drain, count.outside)),
         )

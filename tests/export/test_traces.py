@@ -18,7 +18,7 @@ from stallscope.tracer.analysis.analysis import Analysis
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-RECORDINGS = ("known-call", "two-stalls", "refused", "with-losses", "empty", "cut-short", "mixed")
+RECORDINGS = ("known-call", "two-stalls", "refused", "with-losses", "empty", "cut-short", "mixed", "imported")
 ZERO_NS = {"perfetto": STARTED_NS, "chrome": 0}
 
 Open = Callable[[str, str], TraceProcessor]
@@ -154,6 +154,23 @@ class TestBoth:
         rows = opened("mixed", format_name).rows("select name, ts, dur from slice where category = 'abandoned'")
         # Chrome's times begin with the first event, 20 ms before the recording
         assert rows == [("je_pages_purge", at(1050) if format_name == "perfetto" else 1070 * MS, 0)]
+
+
+def test_chrome_has_what_other_tools_told(opened: Open, analysis_of: Of) -> None:
+    tables, trace = analysis_of("imported").tables, opened("imported", "chrome")
+    assert trace.value("select count(*) from slice where category = 'packet' and name = 'SYN'") == 50
+    assert trace.value("select count(*) from slice where category = 'packet'") == len(tables.packets)
+    spans = trace.rows(
+        """select name, dur, extract_arg(arg_set_id, 'args.text') as text
+        from slice where category = 'imported span' order by ts"""
+    )
+    expected = tables.imported_spans[["source", "duration_ns", "text"]].to_records(index=False).tolist()
+    assert spans
+    assert sorted(spans) == sorted(expected)
+    samples = trace.rows("select max(value) as v from counter c join counter_track t on c.track_id = t.id "
+                         "where t.name glob 'connected_clients, clients*'")  # fmt: skip
+    frame = tables.imported_samples
+    assert samples == [(frame.loc[frame["name"] == "connected_clients", "value"].max(),)]
 
 
 class TestNative:

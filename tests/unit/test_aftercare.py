@@ -42,6 +42,22 @@ def without_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aftercare, "_COMMAND_LINE", ("/bin/sh", "-c", 'echo \'{"verdict": "v", "findings": []}\''))
 
 
+def test_a_folder_named_from_here_is_found_by_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captures").mkdir()
+    care = Aftercare('cat > document; cd /; cat "$STALLSCOPE_CAPTURE" > /dev/null', report=True)
+    care.submit(capture(Path("captures")))
+    assert [(step.step, step.text) for step in results(care, 3)] == [
+        ("report", "done"),
+        ("summary", "done"),
+        ("exec", "done"),
+    ]
+    document = json.loads((tmp_path / "document").read_text())
+    assert document["capture"] == str(tmp_path / "captures" / "capture-000001-Z.stall")
+    assert Path(document["report"]).is_file()
+    care.close()
+
+
 def test_the_command_gets_path_findings_and_summary_on_stdin(tmp_path: Path) -> None:
     wanted = tmp_path / "out.json"
     care = Aftercare(f'cat > {wanted}; printf %s "$STALLSCOPE_CAPTURE" > {wanted}.path', report=True)

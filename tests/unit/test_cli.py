@@ -93,6 +93,7 @@ class TestUsage:
             (("record", "-p", 1, "--sample", "1us"), "--sample is below 1ms"),
             (("record", "-p", 1, "--ring-size", "32K"), "--ring-size must be a power of two"),
             (("record", "-p", 1, "--ring-size", "3M"), "--ring-size must be a power of two"),
+            (("record", "-p", 1, "--stack-rate", 499), "--stack-rate samples nothing by itself; add --stacks"),
             (("top",), "nothing to watch; name a server with --port PORT or -p PID"),
             (("top", "-p", 1, "--no-default-probes"), "--no-default-probes leaves nothing to trace"),
             (("top", "-p", 1, "--sample", "1us"), "--sample is below 1ms"),

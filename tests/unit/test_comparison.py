@@ -13,7 +13,7 @@ from pairs_made import HOST, recorded, side
 from rich.console import Console
 
 from stallscope.reports import comparison_text
-from stallscope.tracer.analysis.compare.changes import Change
+from stallscope.tracer.analysis.compare.changes import Change, Estimate
 from stallscope.tracer.analysis.compare.comparison import Comparison, compare
 
 STALLSCOPE = str(Path(sys.executable).with_name("stallscope"))
@@ -144,3 +144,11 @@ def test_a_pattern_that_fits_nothing_is_one_line(folder: Path) -> None:
     done = subprocess.run([STALLSCOPE, "diff", str(folder / "no*.stall"), "x"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "no file fits" in done.stderr
+
+
+def test_rates_of_one_change_are_in_one_unit() -> None:
+    before, after = (Estimate(per_s, None, None, 1, 1.0) for per_s in (1.44, 0.2))
+    none = Estimate(0.0, None, None, 0, 0.0)
+    for pair, said in (((before, after), ["5,184/h", "720/h"]), ((before, none), ["86.4/min", "0/min"])):
+        change = Change("serverCron", "calls", "1/s", *pair, None, None, None, 1.0, 1.0, 1.0, False, "exact")
+        assert [comparison_text.value_text(one, change) for one in pair] == said

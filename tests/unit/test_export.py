@@ -47,6 +47,7 @@ from stallscope.reports.export.protobuf import (
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.analysis.nesting import Nested, nest
 from stallscope.tracer.analysis.tables import build_tables
+from stallscope.tracer.imports.run import run_import
 from stallscope.tracer.layout import EVENT, EVENT_BYTES
 from stallscope.tracer.manifest import COUNTER, ITERATION, QUEUE, ListenerInfo
 from stallscope.tracer.recording import RecordingWriter, read_recording
@@ -197,6 +198,22 @@ def test_a_recording_without_functions_can_be_written(name: str, kinds: set[str]
     out = io.BytesIO()
     FORMATS[name].load()(analyse(read_recording(builder.write(tmp_path / "x.stall", 100))), out)
     assert out.getvalue() or name in ("folded", "ndjson")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_was_imported_is_written_or_said_to_be_left_out(name: str, tmp_path: Path) -> None:
+    inputs = [
+        DATA / "backlog-full.pcap",
+        DATA / "redis-cli" / "slowlog-7.0.no-raw.txt",
+        DATA / "redis-cli" / "info-7.0.txt",
+    ]
+    path = run_import(inputs, None, tmp_path / "x.stall", (7379,)).path
+    done = run("-f", name, path)
+    assert done.returncode == 0, done.stderr
+    assert (b"imported rows left out" in done.stderr) is not FORMATS[name].has_imported
+    content = FORMATS[name].beside(path).read_bytes()
+    if name in ("chrome", "csv", "ndjson"):
+        assert all(text in content for text in (b"SYN-ACK", b"SLOWLOG", b"connected_clients"))
 
 
 def crossing(tmp_path: Path) -> Path:

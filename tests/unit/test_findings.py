@@ -187,7 +187,7 @@ def test_unexplained_stalls(tmp_path: Path) -> None:
     finding = found(analysed(builder, tmp_path), "unexplained-stalls")
     assert finding.weight == NOTICE
     assert finding.title == "1 of 2 stalls is mostly unexplained: 225 ms in no traced function"
-    assert "--probe call --probe activeExpireCycle" in finding.remedy
+    assert finding.remedy.startswith("record again with --stacks=stalls --probe call --probe activeExpireCycle")
     assert "freeClient " not in finding.remedy
     builder.queue(990, 0, 0).counter(990, 900).queue(1100, 512, 1).counter(1100, 901).queue(1230, 0, 1)
     finding = found(analysed(builder, tmp_path), "unexplained-stalls")

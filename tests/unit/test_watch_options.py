@@ -119,6 +119,7 @@ def test_the_command_line_wins() -> None:
         ({"ports": ()}, "nothing to watch"),
         ({"triggers": ()}, "nothing to wait for"),
         ({"memory_bytes": 1000}, "--memory is below 1M"),
+        ({"max_disk_bytes": 1000}, "--max-disk is below 1M"),
         ({"longest_ns": 10**9}, "--max-length is shorter than --before and --after together"),
         ({"sample_ns": 10}, "--sample is below 1ms"),
         ({"ring_bytes": 100_000}, "--ring-size must be a power of two"),

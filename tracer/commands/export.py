@@ -10,7 +10,7 @@ import click
 from stallscope.reports.export.formats import FORMATS
 from stallscope.tracer.commands.parameters import DURATION
 from stallscope.tracer.errors import UsageError
-from stallscope.tracer.units import format_bytes, format_duration_ns
+from stallscope.tracer.units import format_bytes, format_count, format_duration_ns
 
 STDOUT = Path("-")
 
@@ -77,6 +77,14 @@ def export(
         click.echo(f"{left_out:,} calls shorter than {format_duration_ns(min_duration)} were left out", err=True)
     if samples and analysis.samples.frame.empty:
         raise UsageError(f"{file} has no stack samples; record with --stacks")
+    tables = analysis.tables
+    imported = sum(len(frame) for frame in (tables.packets, tables.imported_spans, tables.imported_samples))
+    if imported and not chosen.has_imported and not samples:
+        able = ", ".join(item.name for item in FORMATS.values() if item.has_imported)
+        click.echo(
+            f"{format_count(imported, 'imported row')} left out, {chosen.name} has no form for them; {able} have",
+            err=True,
+        )
     rows = len(analysis.samples.frame) if samples else count_rows(analysis)
     if chosen.many_rows is not None and rows > chosen.many_rows:
         click.echo(f"{rows:,} events: {chosen.why}; leave out short calls with --min-duration", err=True)

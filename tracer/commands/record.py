@@ -13,10 +13,13 @@ import click
 
 from stallscope.tracer.commands.parameters import DURATION
 from stallscope.tracer.commands.tracing import exit_if_lost, server_options, session_options, trace_options
+from stallscope.tracer.errors import UsageError
 from stallscope.tracer.units import format_duration_ns
 
 if TYPE_CHECKING:
     from stallscope.tracer.capture.session import Progress
+
+_DEFAULT_STACK_RATE_HZ = 199
 
 
 @click.command()
@@ -33,12 +36,18 @@ if TYPE_CHECKING:
     help="Sample the stacks of the servers' main threads: always (the default of --stacks), or in stalls only.",
 )  # fmt: skip
 @click.option(
-    "--stack-rate", type=click.IntRange(99, 999), default=199, show_default=True, metavar="HZ",
-    help="Stack samples a second of CPU time, from 99 to 999.",
+    "--stack-rate", type=click.IntRange(99, 999), metavar="HZ",
+    help="Stack samples a second of CPU time, from 99 to 999; 199 if not given.",
 )  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="No progress line.")
 def record(
-    duration: int, output: Path | None, force: bool, stacks: str | None, stack_rate: int, quiet: bool, **traced: Any
+    duration: int,
+    output: Path | None,
+    force: bool,
+    stacks: str | None,
+    stack_rate: int | None,
+    quiet: bool,
+    **traced: Any,
 ) -> None:
     """Record the slow calls of live Redis servers, with their accept queues beside them.
 
@@ -56,7 +65,10 @@ def record(
     from stallscope.tracer.capture.stack_sampler import StackOptions
     from stallscope.tracer.recording import new_recording_path
 
-    sampled = StackOptions(1_000_000_000 // stack_rate, stacks == "always") if stacks else None
+    if stack_rate and not stacks:
+        raise UsageError("--stack-rate samples nothing by itself; add --stacks, or --stacks=stalls")
+    interval_ns = 1_000_000_000 // (stack_rate or _DEFAULT_STACK_RATE_HZ)
+    sampled = StackOptions(interval_ns, stacks == "always") if stacks else None
     session = session_options("record", **traced, stacks=sampled)
     options = RecordOptions(session, new_recording_path(output, force=force), duration)
     started_ns = time.monotonic_ns()

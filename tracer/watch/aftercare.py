@@ -142,13 +142,15 @@ class Aftercare:
     def _care(self, capture: Finished) -> None:
         path = capture.path
         assert path is not None
-        page = path.with_suffix(".html") if self.report else None
+        # absolute: the children have another present folder, a command may change its own
+        place = path.absolute()
+        page = place.with_suffix(".html") if self.report else None
         if page is not None:
-            ok, _ = self._stallscope(path, "report", [str(path), "-o", str(page)])
+            ok, _ = self._stallscope(path, "report", [str(place), "-o", str(page)])
             page = page if ok else None
         if not (self.command or self.verdict):
             return
-        ok, output = self._stallscope(path, "summary", ["--json", str(path)])
+        ok, output = self._stallscope(path, "summary", ["--json", str(place)])
         summary: dict[str, Any] | None = None
         if ok:
             with suppress(ValueError):
@@ -159,7 +161,7 @@ class Aftercare:
         if not self.command:
             return
         document = {
-            "capture": str(path),
+            "capture": str(place),
             "complete": capture.complete,
             "report": str(page) if page is not None else None,
             "triggers": [dataclasses.asdict(item) for item in capture.triggers],
@@ -169,7 +171,7 @@ class Aftercare:
         }
         self._run(
             path, "exec", ["/bin/sh", "-c", self.command], self.command_ns, json.dumps(document).encode(),
-            {"STALLSCOPE_CAPTURE": str(path)},
+            {"STALLSCOPE_CAPTURE": str(place)},
         )  # fmt: skip
 
     def _stallscope(self, path: Path, step: str, arguments: Sequence[str]) -> tuple[bool, bytes]:

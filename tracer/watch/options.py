@@ -34,6 +34,7 @@ else:
 
 DETAIL_ON_TRIGGER, DETAIL_ALWAYS = "on-trigger", "always"
 DEFAULT_TRIGGERS = ("stall>50ms", "overflow>0")
+LEAST_DISK_BYTES = 2**20
 LEAST_MEMORY_BYTES = 2**20
 _LOCAL = "127.0.0.1"
 _NS_PER_S = 1_000_000_000
@@ -247,6 +248,8 @@ def watch_options(from_file: Mapping[str, Any], from_command_line: Mapping[str, 
         raise UsageError("nothing to wait for; give a --trigger, as stall>50ms or overflow>0")
     if options.memory_bytes < LEAST_MEMORY_BYTES:
         raise UsageError("--memory is below 1M; a pre-roll needs more")
+    if options.max_disk_bytes < LEAST_DISK_BYTES:
+        raise UsageError("--max-disk is below 1M; no capture would have room")
     if options.longest_ns < options.before_ns + options.after_ns:
         raise UsageError("--max-length is shorter than --before and --after together; a capture would never be whole")
     require_sample_interval(options.sample_ns)

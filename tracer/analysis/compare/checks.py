@@ -249,6 +249,8 @@ class _Judge:
         text = f"{self._seen()}: the true rate is below {self._rate(self.high)} at {self._percent()}"
         if self.factor > 1.05:
             text += f", as they come {self.factor:.1f} at a time"
+        elif not self.seen.count and not (self.before and self.before.count):
+            text += ", if they come one by one"
         return text
 
     def broken(self) -> Check:

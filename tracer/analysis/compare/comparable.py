@@ -242,7 +242,9 @@ def why_silent(side: Side, name: str) -> str:
     ran = [caller for caller in function.callers if side.hits(caller)]
     if not ran or not all(probe.symbol.split(".")[0] == name for probe in probes):
         return ""
-    return f"{name} was not called, although {ran[0]}, whose code calls it, ran {side.hits(ran[0]):,} times"
+    return (
+        f"{name} was not called, although {ran[0]}, whose code calls it, ran {format_count(side.hits(ran[0]), 'time')}"
+    )
 
 
 def who_does_it_now(side: Side, name: str) -> str:
@@ -264,7 +266,10 @@ def who_does_it_now(side: Side, name: str) -> str:
         return f"{moved}; trace that with --probe on both sides"
     function = catalogue.lookup(name)
     if function is None:
-        return "the catalogue does not know it; stallscope probes tells whether it was inlined or renamed"
+        tells = "stallscope probes tells whether it was inlined or renamed"
+        return (
+            f"the catalogue does not know it; {tells}" if side.probes(name) else f"record with --probe {name}; {tells}"
+        )
     names = [other for version, product in _servers(side)
              for other in catalogue.names_in(function, version, server=product) if other != name]  # fmt: skip
     if names:

@@ -15,7 +15,7 @@ from stallscope.tracer.analysis.segments import ranges
 from stallscope.tracer.analysis.tables import Ints
 from stallscope.tracer.analysis.trees import CLIENT_VISIT
 from stallscope.tracer.analysis.whatif import DEFAULT_BYTES, what_if
-from stallscope.tracer.manifest import CALL, ProbeInfo, TargetInfo
+from stallscope.tracer.manifest import CALL, STACK, ProbeInfo, TargetInfo
 from stallscope.tracer.units import format_bytes, format_count, format_duration_ns
 
 PURGE = "je_pages_purge"
@@ -178,11 +178,14 @@ def unexplained_stalls(analysis: Analysis) -> Iterator[Found]:
         f"{format_duration_ns(int(rest[mine.index].sum()))} in no traced function"
     )
     traced = {probe.name for probe in analysis.manifest.probes if probe.kind == CALL}
+    # sampled stacks name functions that nobody thought of
+    sampling = [] if any(probe.kind == STACK for probe in analysis.manifest.probes) else ["--stacks=stalls"]
+    more = [f"--probe {name}" for name in WORTH_TRACING if name not in traced]
     yield Found(
         CONTRIBUTES if total else NOTICE,
         title + (f"; meanwhile {refused(total)}" if total else ""),
         tuple(_stall(analysis, index, lost) for index in _worst(mine, lost)),
-        {"probes": " ".join(f"--probe {name}" for name in WORTH_TRACING if name not in traced) or "--probe FUNC"},
+        {"probes": " ".join([*sampling, *more]) or "--probe FUNC"},
     )
 
 
