@@ -7,7 +7,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from stallscope.reports.lines import INDENT, Line, faint, heading, plain, stripped, table_of
-from stallscope.tracer.analysis.compare.comparison import Change, Comparison, Estimate, RunSummary
+from stallscope.tracer.analysis.compare.changes import Change, Estimate
+from stallscope.tracer.analysis.compare.comparison import Comparison, RunSummary
 from stallscope.tracer.analysis.compare.headline import change_text, ratio_text
 from stallscope.tracer.analysis.compare.limits import exposure_text, rate_text
 from stallscope.tracer.units import format_duration_ns

@@ -8,7 +8,8 @@ from stallscope.reports.comparison.compute import compute_sides
 from stallscope.reports.comparison.page import PageText, render
 from stallscope.reports.comparison_text import NONE, interval_text, legend, p_text, value_text
 from stallscope.reports.timeline.tables import Cell, Row, Table
-from stallscope.tracer.analysis.compare.comparison import Change, Comparison, Estimate, RunSummary
+from stallscope.tracer.analysis.compare.changes import Change, Estimate
+from stallscope.tracer.analysis.compare.comparison import Comparison, RunSummary
 from stallscope.tracer.analysis.compare.headline import change_text
 from stallscope.tracer.analysis.compare.limits import exposure_text
 from stallscope.tracer.analysis.compare.sides import Side

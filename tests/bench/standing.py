@@ -20,7 +20,7 @@ from figures import BenchError, Figure, Findings
 from lab.clients import SOURCES
 from lab.server import HOST, Server
 from throughput import Load, Speed, measure_speed
-from watching import RING_BYTES, traced, watched
+from watchdog_thread import RING_BYTES, traced, watched
 
 from stallscope.probes.catalogue import NO_DECODER
 from stallscope.tracer.capture.cost import CALIBRATION_PROBE, measure_call_cost_ns

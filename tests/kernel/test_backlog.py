@@ -16,7 +16,7 @@ from pyroute2 import DiagSocket
 
 from stallscope.tracer.capture.backlog import BacklogSampler, ListenerState, SockDiag
 from stallscope.tracer.capture.namespace import namespace_inode
-from stallscope.tracer.capture.program import COUNTER_PROBE, QUEUE_PROBE
+from stallscope.tracer.capture.probe_ids import COUNTER_PROBE, QUEUE_PROBE
 from stallscope.tracer.manifest import NamespaceInfo
 
 TCP_LISTEN = 10

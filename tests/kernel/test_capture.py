@@ -26,10 +26,12 @@ from tracing import (
 )
 
 from stallscope.probes.catalogue import Decoder, Field
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, CallProbe, Program
+from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE
+from stallscope.tracer.capture.program import CallProbe, Program
 from stallscope.tracer.capture.redis_target import open_target
 from stallscope.tracer.capture.symbols import resolve
-from stallscope.tracer.capture.traced import TracedSet, TraceOptions
+from stallscope.tracer.capture.trace_options import TraceOptions
+from stallscope.tracer.capture.traced import TracedSet
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import ProbeCounters
 from stallscope.tracer.recording import read_recording

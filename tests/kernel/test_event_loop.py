@@ -23,7 +23,8 @@ from stallscope.tracer.capture.event_loop import (
     plan_loop,
 )
 from stallscope.tracer.capture.listener import FENTRY_RUNG, KPROBE_RUNG, KPROBES
-from stallscope.tracer.capture.program import ACCEPT_PROBE, ITERATION_PROBE, Program
+from stallscope.tracer.capture.probe_ids import ACCEPT_PROBE, ITERATION_PROBE
+from stallscope.tracer.capture.program import Program
 from stallscope.tracer.manifest import ProbeCounters
 
 TARGET = Path(__file__).with_name("targets") / "looping.py"

@@ -176,27 +176,27 @@ def test_sampling_is_switched_on_and_off_without_loading_again(server: Server) -
     try:
         program.attach_loop()
         program.watch_loop(server.pid)
-        stacks = StackCapture(program, StackOptions(1_000_000, always=True), STALL_NS)
-        stacks.prepare(server.pid)
+        stacks = StackCapture(program, StackOptions(1_000_000, always=True, on_demand=True), STALL_NS)
+        stacks.take_up(server.pid)
         server.command(*COMMANDS[0])
         assert stacks.counters().hits == 0
-        open_files = len(os.listdir("/proc/self/fd"))
-        for turn in range(1, 4):
-            stacks.add(server.pid)
-            server.command(*COMMANDS[0])
-            stacks.remove(server.pid)
-            hits = stacks.counters().hits
-            server.command(*COMMANDS[0])
-            assert stacks.counters().hits == hits >= turn
-            assert len(os.listdir("/proc/self/fd")) == open_files
-        rows = 0
+        rows, open_files = 0, []
 
         def all_are_rows() -> bool:
             nonlocal rows
             rows += len(stacks.take()[0])
             return rows == stacks.counters().sent
 
-        until(all_are_rows, "every sample is a row")
+        for turn in range(1, 4):
+            assert stacks.attach([server.pid]) == []
+            server.command(*COMMANDS[0])
+            stacks.detach()
+            hits = stacks.counters().hits
+            server.command(*COMMANDS[0])
+            assert stacks.counters().hits == hits >= turn
+            until(all_are_rows, "every sample is a row, so the server's code has been read")
+            open_files.append(len(os.listdir("/proc/self/fd")))
+        assert len(set(open_files)) == 1
         stacks.close()
     finally:
         program.close()

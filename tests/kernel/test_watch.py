@@ -9,7 +9,7 @@ import pytest
 from lab import LabError
 from lab.server import Server, find_server, running_server
 from tracing import Rows, require_tracing, until
-from watches import Watch, connecting, iterations, stopped, watching
+from watch_process import Watch, connecting, iterations, stopped, watching
 
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.manifest import Manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from lab import LabError
 from lab.server import Server, find_server, running_server
 from tracing import Rows, require_tracing, until
-from watches import Watch, iterations, watching
+from watch_process import Watch, iterations, watching
 
 from stallscope.tracer.recording import read_recording
 
@@ -127,7 +128,7 @@ class TestFullDisk:
             rows = watch.capture(0)
             assert rows.recording.complete
             assert watch.stop() == 0
-            assert ", 1 incomplete" in watch.said
+            assert re.search(r", [1-9]\d* incomplete", watch.said)
 
 
 def _free_bytes(folder: Path) -> int:
@@ -227,6 +228,7 @@ class TestMemory:
                     watch.wait_until_it_says(f"process {server.pid} ")
                 watch.wait_until_it_says(f"process {server.pid} ({server.path.resolve()}) ended or was replaced")
                 seen.append((watch.resident_kb(), len(os.listdir(f"/proc/{watch.pid}/fd"))))
-            settled, last = seen[3], seen[-1]
-            assert last[0] - settled[0] < 4096, seen
+            settled, last = [max(column) for column in zip(*seen[:4], strict=True)], seen[-1]
+            # a program set and the code of a server take 8 MB, and come and go
+            assert last[0] - settled[0] < 8192, seen
             assert last[1] <= settled[1] + 4, seen

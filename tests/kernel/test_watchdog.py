@@ -20,7 +20,7 @@ import pytest
 from lab.build import is_built, load_builds
 from lab.server import HOST, Server, running_server
 from tracing import require_tracing, until
-from watching import Watched, iterations, traced, watched
+from watchdog_thread import Watched, iterations, traced, watched
 
 from stallscope.tracer.capture.program import Program
 from stallscope.tracer.capture.standstill import LATE, Span

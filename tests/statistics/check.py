@@ -23,8 +23,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import simulate  # noqa: E402
 from simulate import FUNCTION, PROCESSES, STALLS_BY, Process  # noqa: E402
 
+from stallscope.tracer.analysis.compare.changes import Change  # noqa: E402
 from stallscope.tracer.analysis.compare.checks import NOT_VERIFIED, VERIFIED, check_limit, check_reduced  # noqa: E402
-from stallscope.tracer.analysis.compare.comparison import Change, changes_of, corrected  # noqa: E402
+from stallscope.tracer.analysis.compare.comparison import changes_of, corrected  # noqa: E402
 from stallscope.tracer.analysis.compare.limits import STALL, Event, Limit  # noqa: E402
 from stallscope.tracer.analysis.compare.sides import STALLS, Side  # noqa: E402
 

@@ -23,7 +23,7 @@ from stallscope.tracer.unwind.code import CodeImage, CodeMapping
 from stallscope.tracer.unwind.registers import REGISTERS, RIP, RSP
 
 # ptrace(2), sys/ptrace.h and the order of struct user_regs_struct in sys/user.h.
-TRACEME, SINGLESTEP, CONT, GETREGS, KILL = 0, 9, 7, 12, 8
+TRACEME, SINGLESTEP, CONT, GETREGS = 0, 9, 7, 12
 USER_REGISTERS = (
     *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
     *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import ITERATION_ID, MS, PURGE, TRIM, Builder, add_storm, at, manifest
-from watching import nothing, watch
+from watch_replay import nothing, watch
 
 from stallscope.reports.timeline.bands import NOT_ATTACHED
 from stallscope.reports.timeline.compute import build_timeline
@@ -81,6 +81,17 @@ def test_rows_and_counters_of_a_capture_agree(tmp_path: Path) -> None:
     assert done.rows == recording.table.num_rows
     assert done.size_bytes == done.path.stat().st_size
     assert all(item.time_ns >= recording.manifest.started_ns for item in recording.snapshots)
+
+
+def test_hooked_functions_that_saw_nothing_are_compared_with_the_kernel(tmp_path: Path) -> None:
+    """The kernel counted 43 overflows: that the hooks saw none of them is to be said, not that there were no hooks."""
+    played = watch(tmp_path, before=5000, after=1000)
+    played.hooked = ("ListenOverflows",)
+    (done,) = played.play(incident(), 25_000).end()
+    assert done.path is not None
+    (namespace,) = read_recording(done.path).manifest.namespaces
+    assert namespace.seen == namespace.seen_elsewhere == {"ListenOverflows": 0}
+    assert namespace.counters_end["ListenOverflows"] - namespace.counters_start["ListenOverflows"] == 43
 
 
 def test_summary_and_page_show_what_triggered(tmp_path: Path) -> None:
@@ -236,12 +247,12 @@ def test_a_folder_that_went_away_is_said_and_watching_goes_on(tmp_path: Path) ->
     (tmp_path / "there").rename(tmp_path / "elsewhere")
     stalls = Builder().span(ITERATION_ID, 1000, 60).span(ITERATION_ID, 6000, 60).events()
     made.play(stalls, 4000)
-    (failed,) = made.captures.take_finished()
+    (failed,) = made.finished
     assert (failed.path, failed.complete) == (None, False)
     assert "cannot write" in failed.error
     (tmp_path / "elsewhere").rename(tmp_path / "there")
     made.play(stalls, 9000, from_ms=4000)
-    (done,) = made.end()
+    _, done = made.end()
     assert done.complete
 
 

@@ -13,7 +13,8 @@ from pairs_made import HOST, recorded, side
 from rich.console import Console
 
 from stallscope.reports import comparison_text
-from stallscope.tracer.analysis.compare.comparison import Change, Comparison, Estimate, compare
+from stallscope.tracer.analysis.compare.changes import Change, Estimate
+from stallscope.tracer.analysis.compare.comparison import Comparison, compare
 
 STALLSCOPE = str(Path(sys.executable).with_name("stallscope"))
 OFTEN = [5.0 + 4 * number for number in range(14)]

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import pytest
 from recordings import MS, Builder, at, manifest
 
-from stallscope.tracer.capture.excerpt import Excerpt, LastSamples
-from stallscope.tracer.capture.program import ACCEPT_PROBE, FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
-from stallscope.tracer.capture.reconcile import Moment
+from stallscope.tracer.boundary import Moment
+from stallscope.tracer.capture.excerpt import Excerpt
+from stallscope.tracer.capture.probe_ids import ACCEPT_PROBE, FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES
 from stallscope.tracer.capture.session import Mark, Session
 from stallscope.tracer.errors import StallscopeError
+from stallscope.tracer.last_samples import LastSamples
 from stallscope.tracer.manifest import Manifest, ProbeCounters, ProbeInfo
 from stallscope.tracer.recording import Recording, read_recording
 
@@ -37,14 +38,13 @@ def mark(
     time_ms: float, counters: dict[int, ProbeCounters], *, returned: dict[int, int] | None = None,
     unfinished: npt.NDArray[np.void] | None = None, overflows: int = 900,
 ) -> Mark:  # fmt: skip
-    rows = np.zeros(MAX_PROBES, np.int64)
-    for probe, count in (returned or {}).items():
-        rows[probe] = count
+    awaited = np.zeros(MAX_PROBES, np.int64)
+    for probe, counter in counters.items():
+        awaited[probe] = counter.sent - (returned or {}).get(probe, 0)
     kernel = {4026531840: {"ListenOverflows": overflows, "ListenDrops": overflows}}
     nothing = Builder().events()
-    return Mark(
-        at(time_ms), counters, nothing if unfinished is None else unfinished, rows, nothing, Moment(kernel, {}, {}), 0
-    )
+    under_way = nothing if unfinished is None else unfinished
+    return Mark(at(time_ms), counters, Moment(kernel), under_way, awaited, nothing, 0)
 
 
 def excerpt(path: Path, start: Mark, samples: npt.NDArray[np.void] | None = None) -> Excerpt:
@@ -114,8 +114,9 @@ def test_what_began_before_is_unpaired(tmp_path: Path) -> None:
 
 def test_begins_with_what_was_sampled_last(tmp_path: Path) -> None:
     last = LastSamples()
-    last.add(Builder().queue(100, 3, 40).counter(100, 900).counter(100, 950, counter=1).events())
-    last.add(Builder().queue(900, 7, 41).span(CRON, 1, 1).events())
+    last.follow(manifest())
+    last.add(Builder().queue(100, 3, 40).counter(100, 900).counter(100, 950, counter=1).events(), at(100))
+    last.add(Builder().queue(900, 7, 41).span(CRON, 1, 1).events(), at(900))
     made = excerpt(tmp_path / "a.stall", mark(1000, {}, overflows=907), last.rows())
     made.stop(mark(2000, {}))
     assert made.add(Builder().events())

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import DATA, ITERATION_ID, MS, PURGE, Builder
-from watching import watch
+from watch_replay import watch
 
 from stallscope.tracer.errors import UsageError
 from stallscope.tracer.recording import read_recording
@@ -139,8 +139,7 @@ def test_a_full_disk_is_said_the_beginning_is_kept_and_watching_goes_on(small_di
     filler.write_bytes(b"x" * 150_000)
     events = builder.events()
     made.play(events, 4000)
-    made.captures.close()
-    (failed,) = made.captures.take_finished()
+    (failed,) = made.finished
     assert not failed.complete
     assert "No space left on device" in failed.error
     assert "\n" not in failed.error
@@ -152,8 +151,7 @@ def test_a_full_disk_is_said_the_beginning_is_kept_and_watching_goes_on(small_di
     filler.unlink()
     failed.path.unlink()
     made.play(events, 8000, from_ms=4000)
-    made.captures.close()
-    (done,) = made.captures.take_finished()
+    _, done = made.end()
     assert done.complete
     assert done.path is not None
     assert read_recording(done.path).complete

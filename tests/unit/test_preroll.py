@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import MS, PURGE, QUEUE_ID, Builder, at, manifest
 
+from stallscope.tracer.boundary import Boundary, Moment
 from stallscope.tracer.layout import EVENT, EVENT_BYTES
-from stallscope.tracer.watch.preroll import Boundary, Preroll
+from stallscope.tracer.watch.preroll import Preroll
 
 
 def boundary(time_ms: float) -> Boundary:
-    return Boundary(at(time_ms), {})
+    return Boundary(at(time_ms), {}, Moment())
 
 
 def calls(end_ms: float, count: int, first: int = 0) -> npt.NDArray[np.void]:

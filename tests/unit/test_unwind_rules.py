@@ -18,7 +18,7 @@ from stallscope.tracer.unwind.unwinder import MAX_FRAMES, Ended, Frame, Unwinder
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="requires gcc")
 
-RBX, RBP, R10, R12 = (REGISTERS.index(name) for name in ("rbx", "rbp", "r10", "r12"))
+RBX, RBP, R10 = (REGISTERS.index(name) for name in ("rbx", "rbp", "r10"))
 BASE = 0x7F00_0000_0000
 STACK = 0x7FFC_0000_1000
 

@@ -77,9 +77,13 @@ def unwind_and_compare(steps: single_step.Steps, below: int) -> Counter[str]:
             if chain[0] == "__longjmp" and chain[1] == "jumps":
                 # As libc declares it: once the target's registers are loaded, the target is the caller.
                 assert truth[0] == found.addresses[row, 0]
-            elif found.addresses[row, : len(truth)].tolist() != truth or found.ended[row] != Ended.REACHED_END:
-                wrong[chain[0]] += 1
-            elif np.flatnonzero(found.is_exact[row]).tolist() != exact or chain[-1] != "_start" or "main" not in chain:
+            elif (
+                found.addresses[row, : len(truth)].tolist() != truth
+                or found.ended[row] != Ended.REACHED_END
+                or np.flatnonzero(found.is_exact[row]).tolist() != exact
+                or chain[-1] != "_start"
+                or "main" not in chain
+            ):
                 wrong[chain[0]] += 1
     assert seen >= EVERYWHERE
     return wrong

@@ -29,8 +29,8 @@ no known cause
 The reason why there is no known cause is kept with each.
 
 On the sampled rung overflows are known by interval and listener (:mod:`overflows`), the queue every sampling
-interval; with kernel probes each overflow has its own time. Accepts and iterations come from raw tracepoints
-on both. One that was refused again and again counts each time, as the kernel counts.
+interval; with kernel probes each overflow has its own time. Accepts and iterations are known one by one on
+both. One that was refused again and again counts each time, as the kernel counts.
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ from stallscope.tracer.capture.namespace import (
     namespace_inode,
     read_sysctls,
 )
-from stallscope.tracer.capture.program import COUNTER_PROBE, QUEUE_PROBE
-from stallscope.tracer.errors import TargetError
+from stallscope.tracer.capture.probe_ids import COUNTER_PROBE, QUEUE_PROBE
 from stallscope.tracer.layout import EVENT, NO_STACK
 from stallscope.tracer.manifest import ListenerInfo, NamespaceInfo
 
@@ -204,7 +203,6 @@ class BacklogSampler:
         self._next_listener = self._next_namespace = 0
         self._by_inode: dict[int, _Namespace] = {}
         self._last: dict[tuple[int, int], tuple[int, int, int]] = {}
-        self._overflows_start = 0
 
     def add_target(self, pid: int) -> int:
         """Watch the listeners of a process; returns the index of its network namespace.
@@ -358,20 +356,6 @@ class BacklogSampler:
             self.listeners.append(info)
             self._opened.append(info)
             place.watched[state.inode] = info
-
-
-def listening_port(pid: int) -> int | None:
-    """Return the lowest TCP port a process listens on, or None."""
-    owned = socket_inodes(pid)
-    try:
-        diag = SockDiag(pid)
-    except TargetError:
-        return None
-    try:
-        ports = [state.port for state in diag.listeners() if state.inode in owned]
-    finally:
-        diag.close()
-    return min(ports, default=None)
 
 
 def _request(family: int, flags: int, identity: bytes) -> bytes:

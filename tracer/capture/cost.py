@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from stallscope.tracer.capture.program import MAX_PROBES, Program
+from stallscope.tracer.capture.probe_ids import MAX_PROBES
+from stallscope.tracer.capture.program import Program
 from stallscope.tracer.errors import StallscopeError
 
 CALIBRATION_PROBE = MAX_PROBES - 1

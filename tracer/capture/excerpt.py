@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import sub
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from stallscope.tracer.capture.program import COUNTER_PROBE, FIRST_CALL_PROBE, MAX_PROBES, QUEUE_PROBE
+from stallscope.tracer.boundary import gained
+from stallscope.tracer.capture.probe_ids import COUNTER_PROBE, FIRST_CALL_PROBE, MAX_PROBES
+from stallscope.tracer.capture.row_counts import first_of_each_probe, identity
 from stallscope.tracer.capture.session import Mark, Session
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.layout import EVENT
@@ -51,7 +52,7 @@ class Excerpt:
         self._partial = path.with_name(path.name + PARTIAL)
         self._writer = RecordingWriter(self._partial, self._manifest)
         self._pending = [self._opening(last_samples)]
-        self._skipped = _awaited(start)
+        self._skipped = start.awaited.copy()
         self._awaited = np.zeros(MAX_PROBES, np.int64)
         self._straddling = np.zeros(MAX_PROBES, np.int64)
         self._came_back: set[tuple[int, int, int]] = set()
@@ -75,14 +76,15 @@ class Excerpt:
         Raises:
             StallscopeError: the disk is full or the file cannot be written.
         """
-        rows = _without_first(rows, self._skipped)
+        if self._skipped.any():
+            rows = rows[~first_of_each_probe(rows, self._skipped)]
         if self.end is not None:
-            rows = _only_first(rows, self._awaited)
+            rows = rows[first_of_each_probe(rows, self._awaited)]
         inside = rows[rows["start_ns"] >= self._start.time_ns]
         if len(inside) < len(rows):
             straddling = rows[rows["start_ns"] < self._start.time_ns]
             self._straddling += np.bincount(straddling["probe"], minlength=MAX_PROBES)
-            self._came_back |= {_identity(row) for row in straddling}
+            self._came_back |= {identity(row) for row in straddling}
         if len(inside):
             self._pending.append(inside)
         return self.end is not None and not self._awaited.any()
@@ -101,7 +103,7 @@ class Excerpt:
         manifest = self._session.part(self._start)
         self._writer.write(
             joined_events(self._pending),
-            Counters(now_ns, _gained(self._start.counters, counters)),
+            Counters(now_ns, gained(self._start.counters, counters)),
             None if manifest == self._manifest else manifest,
         )
         self._pending.clear()
@@ -110,7 +112,7 @@ class Excerpt:
     def stop(self, end: Mark) -> None:
         """End it at a mark made just now; the records up to it are still to be added."""
         self.end = end
-        self._awaited = _awaited(end) - self._skipped
+        self._awaited = end.awaited - self._skipped
         self._pending.append(end.sampled)
 
     def finish(self, ended_by: str) -> Path:
@@ -146,72 +148,18 @@ class Excerpt:
 
     def _totals(self, end: Mark) -> tuple[dict[int, ProbeCounters], npt.NDArray[np.void]]:
         """Return what was counted from start to end, and the spans that began in it and had not ended."""
-        counters = _gained(self._start.counters, end.counters)
+        counters = gained(self._start.counters, end.counters)
         for probe in np.flatnonzero(self._straddling).tolist():
             counters[probe] = _without_straddling(counters[probe], probe, int(self._straddling[probe]))
-        still = {_identity(row) for row in end.unfinished}
+        still = {identity(row) for row in end.unfinished}
         for row in self._start.unfinished:
             probe = int(row["probe"])
             counter = counters.get(probe)
             if probe < FIRST_CALL_PROBE or counter is None or not counter.short_calls:
                 continue  # an iteration or an accept is counted when it ends
-            if _identity(row) not in still | self._came_back:
+            if identity(row) not in still | self._came_back:
                 counters[probe] = replace(counter, short_calls=counter.short_calls - 1, unpaired=counter.unpaired + 1)
         return counters, end.unfinished[end.unfinished["start_ns"] >= self._start.time_ns]
-
-
-class LastSamples:
-    """The last sample of every accept queue and kernel counter: what holds when an excerpt begins."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[int, int, int], npt.NDArray[np.void]] = {}
-
-    def add(self, rows: npt.NDArray[np.void]) -> None:
-        """Take rows (dtype ``EVENT``)."""
-        for row in rows[(rows["probe"] == QUEUE_PROBE) | (rows["probe"] == COUNTER_PROBE)]:
-            # a queue is known by its listener, a counter by its number and its namespace
-            number = int(row["value"][0]) if row["probe"] == COUNTER_PROBE else 0
-            self._rows[int(row["probe"]), number, int(row["value"][2])] = row.copy().reshape(1)
-
-    def rows(self) -> npt.NDArray[np.void]:
-        """Return them all (dtype ``EVENT``)."""
-        return joined_events(list(self._rows.values()))
-
-
-def _awaited(mark: Mark) -> npt.NDArray[np.int64]:
-    """Return how many records of each probe were sent up to a mark and have not been returned yet."""
-    sent = np.zeros(MAX_PROBES, np.int64)
-    for probe, counter in mark.counters.items():
-        sent[probe] = counter.sent
-    return np.maximum(sent - mark.rows, 0)
-
-
-def _without_first(rows: npt.NDArray[np.void], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
-    """Return the rows without the first ``counts[probe]`` of each probe; the counts go down by what was left out."""
-    first = _first(rows, counts)
-    return rows[~first] if first.any() else rows
-
-
-def _only_first(rows: npt.NDArray[np.void], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
-    """Return only the first ``counts[probe]`` rows of each probe; the counts go down by what was kept."""
-    return rows[_first(rows, counts)]
-
-
-def _first(rows: npt.NDArray[np.void], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    chosen = np.zeros(len(rows), bool)
-    for probe in np.flatnonzero(counts).tolist():
-        mine = np.flatnonzero(rows["probe"] == probe)[: counts[probe]]
-        chosen[mine] = True
-        counts[probe] -= len(mine)
-    return chosen
-
-
-def _gained(start: dict[int, ProbeCounters], end: dict[int, ProbeCounters]) -> dict[int, ProbeCounters]:
-    """Return what was counted between two readings; a probe that was not there at first began at 0."""
-    return {
-        probe: ProbeCounters(*map(sub, vars(counter).values(), vars(start.get(probe, ProbeCounters())).values()))
-        for probe, counter in end.items()
-    }
 
 
 def _without_straddling(counter: ProbeCounters, probe: int, count: int) -> ProbeCounters:
@@ -219,7 +167,3 @@ def _without_straddling(counter: ProbeCounters, probe: int, count: int) -> Probe
     if probe >= FIRST_CALL_PROBE:  # a call was counted when it was entered, before
         return replace(counter, sent=counter.sent - count, unpaired=counter.unpaired + count)
     return replace(counter, sent=counter.sent - count, hits=counter.hits - count)
-
-
-def _identity(row: np.void) -> tuple[int, int, int]:
-    return int(row["tid"]), int(row["probe"]), int(row["start_ns"])

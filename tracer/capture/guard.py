@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from stallscope.tracer.boundary import Boundary
 from stallscope.tracer.capture.detail import DetailTier
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE
+from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE
 from stallscope.tracer.capture.watched import WatchedSession
 from stallscope.tracer.watch.overhead import Load, OverheadState, decide
-from stallscope.tracer.watch.preroll import Boundary
 
 _PERIOD_NS = 1_000_000_000
 

@@ -7,8 +7,9 @@ import numpy as np
 from stallscope.tracer.capture.bcc_library import tracing_prefixes
 from stallscope.tracer.capture.bpf import BpfMap, attach_kprobe, attach_tracing
 from stallscope.tracer.capture.listener import EVENTS, FENTRY_RUNG, Hook, ListenerPlan
+from stallscope.tracer.capture.loaded_programs import LoadedPrograms, join_sources
 from stallscope.tracer.capture.loader import KPROBE, TRACING, Loader
-from stallscope.tracer.capture.program import FIRST_LISTENER_PROBE, LoadedPrograms, join_sources
+from stallscope.tracer.capture.probe_ids import FIRST_LISTENER_PROBE
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import struct_dtype
 from stallscope.tracer.manifest import ListenerInfo

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from stallscope.tracer.capture.excerpt import Excerpt, LastSamples
+from stallscope.tracer.capture.excerpt import Excerpt
 from stallscope.tracer.capture.session import Progress, Session, SessionOptions
 from stallscope.tracer.errors import StallscopeError, UsageError
+from stallscope.tracer.last_samples import LastSamples
 from stallscope.tracer.live.view import LiveView
 from stallscope.tracer.live.window import Cost, LiveWindow
 from stallscope.tracer.recording import SUFFIX, joined_events
 from stallscope.tracer.units import format_count
 
-VIEW_NS = 1_000_000_000
 _FULL_ROWS = 32_768
 _LAST_POLLS = 100
 
@@ -44,6 +44,7 @@ class Observer:
         self._window = LiveWindow(self._session.manifest())
         self._pending: list[npt.NDArray[np.void]] = []
         self._samples = LastSamples()
+        self._samples.follow(self._session.manifest())
         self._excerpt: Excerpt | None = None
         self._capture_ended_by = ""
 
@@ -135,7 +136,7 @@ class Observer:
     def _take(self, parts: list[npt.NDArray[np.void]]) -> None:
         filled = [part for part in parts if len(part)]
         for part in filled:
-            self._samples.add(part)
+            self._samples.add(part, time.monotonic_ns())
         self._pending += filled
         if sum(map(len, self._pending)) >= _FULL_ROWS:
             self._fill()

@@ -6,20 +6,20 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.boundary import Boundary, Moment, begun_at, take_moment, with_end
 from stallscope.tracer.capture.backlog import BacklogSampler
 from stallscope.tracer.capture.cost import measure_call_cost_ns, measure_system_call_ns, own_cpu_ns
 from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.namespace import COUNTER_NAMES
 from stallscope.tracer.capture.preflight import require_capture
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
-from stallscope.tracer.capture.reconcile import Moment, take_moment, with_end
+from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE, ITERATION_PROBE, MAX_PROBES, STACK_PROBE
 from stallscope.tracer.capture.redis_target import (
     Target,
     find_by_port,
@@ -28,7 +28,9 @@ from stallscope.tracer.capture.redis_target import (
     pids_listening_on,
     server_information,
 )
-from stallscope.tracer.capture.traced import TracedSet, TraceOptions
+from stallscope.tracer.capture.row_counts import first_of_each_probe, without_finished
+from stallscope.tracer.capture.trace_options import TraceOptions
+from stallscope.tracer.capture.traced import TracedSet
 from stallscope.tracer.errors import StallscopeError, TargetError
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import Manifest, NamespaceInfo, ProbeCounters, TargetInfo
@@ -64,25 +66,19 @@ class SessionOptions:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """The state of a session at one moment, where a part of it may begin or end.
+class Mark(Boundary):
+    """A boundary at this very moment, with all that a part of the session needs to be exact to the call.
 
     Attributes:
-        time_ns: CLOCK_MONOTONIC.
-        counters: the in-kernel counters; unfinished: the spans under way (dtype ``EVENT``).
-        rows: how many records of each probe ``poll`` has returned so far, shape (MAX_PROBES,). Of those that a
-            counter says were sent, the rest comes with the next polls.
+        unfinished: the spans under way (dtype ``EVENT``).
+        awaited: how many records of each probe were sent up to it and come with the next polls, shape (MAX_PROBES,).
         sampled: the last samples up to it; like those of ``poll`` they are returned once.
-        moment: the kernel's counters beside what the hooked functions added.
         own_cpu_ns: CPU time of this process.
     """
 
-    time_ns: int
-    counters: dict[int, ProbeCounters]
     unfinished: npt.NDArray[np.void]
-    rows: npt.NDArray[np.int64]
+    awaited: npt.NDArray[np.int64]
     sampled: npt.NDArray[np.void]
-    moment: Moment
     own_cpu_ns: int
 
 
@@ -192,8 +188,9 @@ class Session:
         if self._traced.stacks is not None:  # before all else, so that no sample is later than the recording
             self._traced.stacks.stop(time.monotonic_ns())
         ended_ns, unfinished, counters = self._traced.stop()
-        missing = {probe: counter.sent - int(self._rows[probe]) for probe, counter in counters.items()}
-        counted = self._look_at(_first_of_each_probe(self._traced.read(), missing))
+        # calls went on until they were detached: only what was counted is kept, so rows and counters agree exactly
+        late = self._traced.read()
+        counted = self._look_at(late[first_of_each_probe(late, self._awaited(counters))])
         stacks = self._take_stacks(is_last=True)
         self._show(counters, ended_ns)
         manifest = replace(
@@ -204,7 +201,7 @@ class Session:
             ended_by=ended_by,
             cost=self._cost(counters, ended_ns - self.started_ns, used_ns),
         )
-        return joined_events([sampled, counted, stacks, _without(unfinished, counted)]), counters, manifest
+        return joined_events([sampled, counted, stacks, without_finished(unfinished, counted)]), counters, manifest
 
     @property
     def stacks(self) -> StackTable | None:
@@ -228,7 +225,7 @@ class Session:
             time_ns, unfinished, counters = self._traced.state()
             if all(counter.hits == before[probe].hits for probe, counter in counters.items()):
                 break
-        return Mark(time_ns, counters, unfinished, self._rows.copy(), sampled, moment, own_cpu_ns())
+        return Mark(time_ns, counters, moment, unfinished, self._awaited(counters), sampled, own_cpu_ns())
 
     def part(self, start: Mark, end: Mark | None = None, counters: dict[int, ProbeCounters] | None = None) -> Manifest:
         """Return the manifest of the part of this session between two marks, or of one that has not ended.
@@ -236,25 +233,15 @@ class Session:
         Args:
             counters: what was counted in it; for the cost.
         """
-        manifest = self.manifest()
         starts = self._starts | dict.fromkeys(start.moment.kernel, start.moment)
-        begun = [
-            replace(info, counters_start=dict(starts[info.inode].kernel[info.inode])) for info in manifest.namespaces
-        ]
-        manifest = replace(
-            manifest,
-            started_ns=start.time_ns,
-            targets=tuple(info for info in manifest.targets if not 0 < info.end_ns < start.time_ns),
-            namespaces=tuple(begun),
-        )
+        manifest = begun_at(self.manifest(), start.time_ns, starts)
         if end is None:
             return manifest
-        names = COUNTED if self._traced.listener_rung else ()
-        known = [info for info in begun if info.inode in end.moment.kernel]
+        known = [info for info in manifest.namespaces if info.inode in end.moment.kernel]
         used_ns = end.own_cpu_ns - start.own_cpu_ns
         return replace(
             manifest,
-            namespaces=tuple(with_end(info, starts[info.inode], end.moment, names) for info in known),
+            namespaces=tuple(with_end(info, starts[info.inode], end.moment) for info in known),
             ended_ns=end.time_ns,
             wall_offset_end_ns=time.time_ns() - time.monotonic_ns(),
             cost=self._cost(counters or {}, end.time_ns - start.time_ns, used_ns),
@@ -303,12 +290,12 @@ class Session:
             inodes = [info.inode for info in self._sampler.namespaces]
             return dict(zip(inodes, self._sampler.counters_now(), strict=True))
 
-        return take_moment(kernel, lambda watched: self._traced.counted_requests(watched=watched))
+        names = COUNTED if self._traced.listener_rung else ()
+        return take_moment(kernel, lambda watched: self._traced.counted_requests(watched=watched), names)
 
     def _finished_namespaces(self) -> tuple[NamespaceInfo, ...]:
         end = self._moment()
-        names = COUNTED if self._traced.listener_rung else ()
-        return tuple(with_end(info, self._starts[info.inode], end, names) for info in self._sampler.namespaces)
+        return tuple(with_end(info, self._starts[info.inode], end) for info in self._sampler.namespaces)
 
     def _look_at(self, events: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Return the events, having taken from them what the progress line shows."""
@@ -320,6 +307,13 @@ class Session:
             self.progress.longest_stall_ns = max(self.progress.longest_stall_ns, int(durations.max()))
         self._rows += np.bincount(events["probe"], minlength=MAX_PROBES)
         return events
+
+    def _awaited(self, counters: Mapping[int, ProbeCounters]) -> npt.NDArray[np.int64]:
+        """Return how many records of each probe were sent and have not been returned, shape (MAX_PROBES,)."""
+        sent = np.zeros(MAX_PROBES, np.int64)
+        for probe, counter in counters.items():
+            sent[probe] = counter.sent
+        return np.maximum(sent - self._rows, 0)
 
     def _take_stacks(self, *, is_last: bool = False) -> npt.NDArray[np.void]:
         """Return the rows of the stack samples that were unwound meanwhile, or all that are left."""
@@ -471,23 +465,3 @@ def _cpu_model() -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _first_of_each_probe(events: npt.NDArray[np.void], counts: dict[int, int]) -> npt.NDArray[np.void]:
-    """Return the first ``counts[probe]`` events of each probe, in their order.
-
-    The counters were read before detaching, and calls went on until that was done: only what was counted
-    is kept, so that rows and counters agree exactly.
-    """
-    keep = np.zeros(len(events), bool)
-    for probe, count in counts.items():
-        keep[np.flatnonzero(events["probe"] == probe)[: max(count, 0)]] = True
-    return events[keep]
-
-
-def _without(unfinished: npt.NDArray[np.void], finished: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Return the unfinished spans that did not finish after all before the counters were read."""
-    alike = finished[np.isin(finished["start_ns"], unfinished["start_ns"])]
-    done = {(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) for row in alike}
-    alive = [(int(row["tid"]), int(row["probe"]), int(row["start_ns"])) not in done for row in unfinished]
-    return unfinished[np.array(alive, bool)]

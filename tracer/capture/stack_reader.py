@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.capture.kernel_symbols import kernel_symbols
+from stallscope.tracer.capture.probe_ids import STACK_PROBE
 from stallscope.tracer.capture.process_code import open_unwinder
-from stallscope.tracer.capture.program import STACK_PROBE
 from stallscope.tracer.capture.return_addresses import restored
 from stallscope.tracer.capture.stack_ring import SAMPLE
 from stallscope.tracer.capture.stack_sampler import StackOptions, StackSampler

@@ -15,8 +15,10 @@ import numpy.typing as npt
 from stallscope.tracer.capture.asleep import sleeping_sample
 from stallscope.tracer.capture.bpf import BpfMap, attach_cpu_clock, attach_raw_tracepoint
 from stallscope.tracer.capture.btf import kernel_types
+from stallscope.tracer.capture.loaded_programs import U32
 from stallscope.tracer.capture.loader import PERF_EVENT, RAW_TRACEPOINT
-from stallscope.tracer.capture.program import STACK_PROBE, U32, MoreSources, Program
+from stallscope.tracer.capture.probe_ids import STACK_PROBE
+from stallscope.tracer.capture.program import MoreSources, Program
 from stallscope.tracer.capture.stack_ring import SAMPLE, StackRing
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import struct_dtype

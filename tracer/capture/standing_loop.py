@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG
-from stallscope.tracer.capture.program import ITERATION_PROBE
+from stallscope.tracer.capture.probe_ids import ITERATION_PROBE
 from stallscope.tracer.capture.traced import ITERATION_FIELDS, TracedSet
 from stallscope.tracer.capture.watchdog import StallInProgress, Watchdog
 from stallscope.tracer.errors import SurroundingsError

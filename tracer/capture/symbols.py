@@ -29,8 +29,6 @@ from stallscope.tracer.capture.elf import reading
 from stallscope.tracer.capture.reasons import Reasons, Release, listing, no_symbol
 from stallscope.tracer.capture.symbol_table import base_name
 
-STATUSES = ("found", "alias", "inlined", "bypassed", "missing")
-
 
 @dataclass(frozen=True)
 class Resolution:

@@ -6,12 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from stallscope.probes import catalogue
 from stallscope.probes.catalogue import Decoder, Field
 from stallscope.tracer.capture.backlog import COUNTER_FIELDS, QUEUE_FIELDS
 from stallscope.tracer.capture.binary import Attachment
@@ -19,9 +18,10 @@ from stallscope.tracer.capture.cost import CALIBRATION_PROBE
 from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG, plan_loop
 from stallscope.tracer.capture.listener import listener_probes, may_be_hooked, plan_listener
 from stallscope.tracer.capture.listener_program import LISTENER_PROBES, ListenerProgram
+from stallscope.tracer.capture.loaded_programs import LoadedPrograms
 from stallscope.tracer.capture.loader import Loader
 from stallscope.tracer.capture.on_demand import OnDemand, Place
-from stallscope.tracer.capture.program import (
+from stallscope.tracer.capture.probe_ids import (
     ACCEPT_PROBE,
     COUNTER_PROBE,
     FIRST_CALL_PROBE,
@@ -29,16 +29,14 @@ from stallscope.tracer.capture.program import (
     ITERATION_PROBE,
     QUEUE_PROBE,
     STACK_PROBE,
-    CallProbe,
-    LoadedPrograms,
-    MoreSources,
-    Program,
 )
+from stallscope.tracer.capture.program import CallProbe, MoreSources, Program
 from stallscope.tracer.capture.redis_target import Target
 from stallscope.tracer.capture.stack_capture import StackCapture
 from stallscope.tracer.capture.stack_reader import stack_probe
-from stallscope.tracer.capture.stack_sampler import StackOptions, stack_sources
+from stallscope.tracer.capture.stack_sampler import stack_sources
 from stallscope.tracer.capture.symbols import Resolution, resolve
+from stallscope.tracer.capture.trace_options import TraceOptions
 from stallscope.tracer.errors import StallscopeError, SurroundingsError
 from stallscope.tracer.layout import NO_STACK, UNFINISHED_NS
 from stallscope.tracer.manifest import (
@@ -57,35 +55,6 @@ from stallscope.tracer.units import format_duration_ns
 
 ITERATION_FIELDS = (Field("ready", "file descriptors", 0), Field("accepted", "connections", 1))
 ACCEPT_FIELDS = (Field("listener_fd", "file descriptor", 0), Field("fd", "file descriptor", 1, signed=True))
-
-
-@dataclass(frozen=True)
-class TraceOptions:
-    """What to trace.
-
-    Attributes:
-        functions: catalogue names, symbols, or ``LIBRARY:SYMBOL``.
-        min_duration_ns: calls shorter than this are counted in the kernel, not recorded.
-        stall_ns: event loop iterations shorter than this are counted, not recorded.
-        ring_bytes: size of each ring buffer, a power of two.
-        on_demand: those of the functions that are attached only while detail is wanted.
-        loop_on_demand: so are the raw tracepoints, where event loops are seen by them.
-        stacks: when to sample stacks, None for never.
-    """
-
-    functions: Sequence[str]
-    min_duration_ns: int
-    stall_ns: int
-    sample_ns: int
-    ring_bytes: int
-    on_demand: frozenset[str] = frozenset()
-    loop_on_demand: bool = False
-    stacks: StackOptions | None = None
-
-
-def requested_functions(extra: Sequence[str], *, defaults: bool) -> list[str]:
-    """Return the functions to trace: the catalogue's default set unless turned off, then the user's, each once."""
-    return list(dict.fromkeys([*(catalogue.default_functions() if defaults else ()), *extra]))
 
 
 class TracedSet:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from stallscope.probes.catalogue import Field
 from stallscope.tracer.capture.event_loop import WAITS
-from stallscope.tracer.capture.program import ITERATION_PROBE
+from stallscope.tracer.capture.probe_ids import ITERATION_PROBE
 from stallscope.tracer.capture.standstill import Span, Standstill, late_iteration, longest_iteration, merged
 from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import EVENT, NO_STACK

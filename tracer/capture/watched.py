@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.boundary import Boundary
 from stallscope.tracer.capture.cost import measure_system_call_ns
 from stallscope.tracer.capture.discovery import Candidate, Discovery
-from stallscope.tracer.capture.program import STACK_PROBE
+from stallscope.tracer.capture.probe_ids import STACK_PROBE
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target, why_hidden
 from stallscope.tracer.capture.ring import give_memory_back
 from stallscope.tracer.capture.session import Session, SessionOptions
@@ -25,7 +26,6 @@ from stallscope.tracer.capture.standing_loop import StandingLoop
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, Note
 from stallscope.tracer.watch.evaluation import UnderWay
-from stallscope.tracer.watch.preroll import Boundary
 from stallscope.tracer.watch.priority import run_normally
 
 _DISCOVER_NS = 500_000_000
@@ -73,7 +73,6 @@ class WatchedSession(Session):
         self._arrivals: list[_Arrival] = []
         self._refused: dict[int, None] = {}
         self._log: deque[Note] = deque()
-        self._noted = 0
         self._rows_of_ended: list[npt.NDArray[np.void]] = []
         self._next_discovery = self._next_prune = 0
         self._sampled_ns = 0
@@ -142,7 +141,7 @@ class WatchedSession(Session):
         counters = self.counters(now_ns)
         moment = self._moment()
         self._sampler.repeat()
-        return Boundary(now_ns, counters, moment.kernel, moment.watched, moment.elsewhere)
+        return Boundary(now_ns, counters, moment)
 
     def manifest(self) -> Manifest:
         """Return what is known now about what is traced."""

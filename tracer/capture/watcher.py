@@ -15,13 +15,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from stallscope.probes import catalogue
+from stallscope.tracer.boundary import Boundary
 from stallscope.tracer.capture.cost import own_cpu_ns, own_memory_bytes
 from stallscope.tracer.capture.detail import DetailTier
 from stallscope.tracer.capture.guard import OverheadGuard
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, STACK_PROBE
+from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE, STACK_PROBE
 from stallscope.tracer.capture.session import SessionOptions
 from stallscope.tracer.capture.stack_sampler import StackOptions
-from stallscope.tracer.capture.traced import TraceOptions, requested_functions
+from stallscope.tracer.capture.trace_options import TraceOptions, requested_functions
 from stallscope.tracer.capture.watchdog import Watchdog
 from stallscope.tracer.capture.watched import WatchedSession
 from stallscope.tracer.errors import UsageError
@@ -33,7 +34,7 @@ from stallscope.tracer.watch.captures import STARTED, SUPPRESSED, Captures, lost
 from stallscope.tracer.watch.evaluation import Firing, TriggerState
 from stallscope.tracer.watch.folder import CaptureFolder
 from stallscope.tracer.watch.options import DETAIL_ALWAYS, WatchOptions, reloaded
-from stallscope.tracer.watch.preroll import Boundary, Preroll
+from stallscope.tracer.watch.preroll import Preroll
 from stallscope.tracer.watch.triggers import STALL, functions_of, shortest_ns
 from stallscope.tracer.watch.writer import Finished
 

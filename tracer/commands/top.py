@@ -9,12 +9,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from stallscope.tracer.commands.parameters import DURATION, SIZE
-from stallscope.tracer.errors import EXIT_DATA_LOST, UsageError
+from stallscope.tracer.commands.parameters import DURATION
+from stallscope.tracer.commands.tracing import exit_if_lost, server_options, session_options, trace_options
+from stallscope.tracer.errors import UsageError
 from stallscope.tracer.units import format_duration_ns
 
 if TYPE_CHECKING:
@@ -23,20 +24,11 @@ if TYPE_CHECKING:
     from stallscope.tracer.commands.terminal import Terminal
     from stallscope.tracer.live.view import LiveView
 
-_MAX_LOST_SHARE = 0.01
-"""More lost events than this share and ``top`` ends with exit code 5, as ``record`` does."""
-
 SORT_KEYS = ("rate", "p99", "max", "total")
 
 
 @click.command()
-@click.option(
-    "-p", "--pid", "pids", type=click.IntRange(min=1), multiple=True, help="Process to trace; may be repeated."
-)
-@click.option(
-    "--port", "ports", type=click.IntRange(1, 65535), multiple=True,
-    help="Trace the server on this TCP port, and its successor when it restarts; may be repeated.",
-)  # fmt: skip
+@server_options
 @click.option("-d", "--duration", type=DURATION, default="0", help="How long, as 30s or 5m; until q if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a second instead (docs/top.md).")
 @click.option(
@@ -46,23 +38,8 @@ SORT_KEYS = ("rate", "p99", "max", "total")
 @click.option(
     "-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=".", help="Folder for captures."
 )
-@click.option(
-    "--probe", "probes", multiple=True, metavar="[LIB:]FUNC", help="Trace this function too; may be repeated."
-)
-@click.option("--no-default-probes", is_flag=True, help="Trace only the functions given with --probe, in any program.")
-@click.option(
-    "--min-duration", type=DURATION, default="0", show_default=True, help="Count shorter calls without timing them."
-)
-@click.option("--stall", type=DURATION, default="10ms", show_default=True, help="What makes an iteration a stall.")
-@click.option(
-    "--sample", type=DURATION, default="10ms", show_default=True, help="Interval of the accept queue samples."
-)
-@click.option("--ring-size", type=SIZE, default="8M", show_default=True, help="Ring buffer between kernel and reader.")
-def top(
-    pids: tuple[int, ...], ports: tuple[int, ...], duration: int, as_json: bool, sort: str, capture: int,
-    output: Path, probes: tuple[str, ...], no_default_probes: bool, min_duration: int, stall: int, sample: int,
-    ring_size: int,
-) -> None:  # fmt: skip
+@trace_options(min_duration="Count shorter calls without timing them.", stall="What makes an iteration a stall.")
+def top(duration: int, as_json: bool, sort: str, capture: int, output: Path, **traced: Any) -> None:
     """Watch live Redis servers: rates, lengths, accept queues, and what each stall was spent in.
 
     Needs root. Keys: p pauses the view (tracing goes on), s sorts by another column, c starts or ends a capture,
@@ -76,27 +53,13 @@ def top(
       stallscope top --port 6379 --json -d 1m
     """
     from stallscope.tracer.capture.observer import Observer
-    from stallscope.tracer.capture.session import SessionOptions
-    from stallscope.tracer.capture.traced import TraceOptions, requested_functions
     from stallscope.tracer.commands.terminal import require_terminal
 
-    if not pids and not ports:
-        raise UsageError("nothing to watch; name a server with --port PORT or -p PID")
-    if no_default_probes and not probes:
-        raise UsageError("--no-default-probes leaves nothing to trace; add --probe FUNC")
-    if sample < 1_000_000:
-        raise UsageError("--sample is below 1ms; the sampler would cost more than it shows")
-    if ring_size < 65536 or ring_size & (ring_size - 1):
-        raise UsageError("--ring-size must be a power of two and at least 64K, as 8M")
+    options = session_options("watch", **traced)
     if capture < 1_000_000_000:
         raise UsageError("--capture is below 1s; there would be little in it")
     if not as_json:
         require_terminal("use --json for one record a second")
-    trace = TraceOptions(
-        requested_functions(probes, defaults=not no_default_probes), min_duration, stall, sample, ring_size
-    )
-    password = os.environ.get("REDISCLI_AUTH", "")
-    options = SessionOptions(pids, ports, trace, no_default_probes, password, tuple(sys.argv))
     observer = Observer(options, output, capture)
     try:
         loop = _Loop(observer, duration)
@@ -108,12 +71,7 @@ def top(
         observer.close()
     for path in observer.captures:
         click.echo(f"captured {path}; see: stallscope summary {path}", err=True)
-    progress = observer.progress
-    if progress.lost > _MAX_LOST_SHARE * max(progress.hits, 1):
-        click.echo(
-            f"stallscope: {progress.lost:,} events were lost; use a larger --ring-size or a --min-duration", err=True
-        )
-        sys.exit(EXIT_DATA_LOST)
+    exit_if_lost(observer.progress)
 
 
 class _Display(Protocol):

@@ -31,8 +31,6 @@ class Kind(IntEnum):
 NO_RULE = -1
 """The index of stretches that no rule covers."""
 
-RegisterRule = tuple[Kind, int]
-
 
 @dataclass(frozen=True)
 class RuleSet:

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.boundary import Boundary, begun_at, gained, with_end
 from stallscope.tracer.layout import mark_unfinished
 from stallscope.tracer.manifest import (
     ITERATION,
     Counters,
     DetailInfo,
     Manifest,
-    NamespaceInfo,
     Note,
     ProbeCounters,
     TriggerInfo,
@@ -36,7 +36,7 @@ from stallscope.tracer.stack_table import StackTable
 from stallscope.tracer.units import format_count, format_duration_ns
 from stallscope.tracer.watch.evaluation import Firing
 from stallscope.tracer.watch.folder import CaptureFolder, Place
-from stallscope.tracer.watch.preroll import Boundary, ByNamespace, Lookback, Preroll
+from stallscope.tracer.watch.preroll import Lookback, Preroll
 from stallscope.tracer.watch.writer import CaptureWriter, Finished
 
 STARTED, EXTENDED, SUPPRESSED = "started", "extended", "suppressed"
@@ -291,40 +291,20 @@ class _Capture:
         self.writer.finish(self._counters(boundary), final)
 
     def _counters(self, boundary: Boundary) -> Counters:
-        begin = self._begin.counters
-        return Counters(
-            boundary.time_ns,
-            {probe: _gained(now, begin.get(probe, ProbeCounters())) for probe, now in boundary.counters.items()},
-        )
+        return Counters(boundary.time_ns, gained(self._begin.counters, boundary.counters))
 
     def _manifest(self, manifest: Manifest) -> Manifest:
         """Return the manifest of the watch as that of this capture."""
-        started_ns, now_ns = self._begin.time_ns, self._latest.time_ns
+        begin, end = self._begin, self._latest
+        manifest = begun_at(manifest, begin.time_ns, dict.fromkeys(begin.moment.kernel, begin.moment))
         return replace(
             manifest,
-            started_ns=started_ns,
             wall_offset_ns=self._wall_offset_ns,
-            targets=tuple(item for item in manifest.targets if not 0 < item.end_ns < started_ns),
-            namespaces=tuple(self._namespace(item) for item in manifest.namespaces),
+            namespaces=tuple(with_end(info, begin.moment, end.moment) for info in manifest.namespaces),
             notes=(*manifest.notes[-_MAX_NOTES:], *self._notes),
             triggers=tuple(self._triggers),
             further_triggers=self._further,
-            details=tuple(item for item in manifest.details if _touches(item, started_ns, now_ns)),
-        )
-
-    def _namespace(self, item: NamespaceInfo) -> NamespaceInfo:
-        begin, end = self._begin, self._latest
-
-        def gained(first: ByNamespace, last: ByNamespace) -> dict[str, int]:
-            before = first.get(item.inode, {})
-            return {name: count - before.get(name, 0) for name, count in last.get(item.inode, {}).items()}
-
-        return replace(
-            item,
-            counters_start=dict(begin.kernel.get(item.inode, item.counters_start)),
-            counters_end=dict(end.kernel.get(item.inode, {})),
-            seen=gained(begin.watched, end.watched),
-            seen_elsewhere=gained(begin.elsewhere, end.elsewhere),
+            details=tuple(item for item in manifest.details if _touches(item, begin.time_ns, end.time_ns)),
         )
 
 
@@ -333,12 +313,6 @@ def _trigger_info(firing: Firing) -> TriggerInfo:
         firing.time_ns, firing.trigger, firing.value, firing.unit, firing.subject, firing.pid, firing.under_way,
         firing.count,
     )  # fmt: skip
-
-
-def _gained(now: ProbeCounters, before: ProbeCounters) -> ProbeCounters:
-    return ProbeCounters(
-        **{item.name: max(getattr(now, item.name) - getattr(before, item.name), 0) for item in fields(ProbeCounters)}
-    )
 
 
 def _touches(item: DetailInfo, started_ns: int, ended_ns: int) -> bool:

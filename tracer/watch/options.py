@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stallscope.tracer.errors import UsageError
+from stallscope.tracer.option_checks import require_ring_size, require_sample_interval
 from stallscope.tracer.units import parse_bytes, parse_duration_ns, parse_share
 from stallscope.tracer.watch.captures import CaptureOptions
 from stallscope.tracer.watch.triggers import CALL_TIME, STALL, Trigger, functions_of, parse_trigger, shortest_ns
@@ -251,10 +252,8 @@ def watch_options(from_file: Mapping[str, Any], from_command_line: Mapping[str, 
         raise UsageError("--max-disk is below 1M; no capture would have room")
     if options.longest_ns < options.before_ns + options.after_ns:
         raise UsageError("--max-length is shorter than --before and --after together; a capture would never be whole")
-    if options.sample_ns < 1_000_000:
-        raise UsageError("--sample is below 1ms; the sampler would cost more than it shows")
-    if options.ring_bytes < 65536 or options.ring_bytes & (options.ring_bytes - 1):
-        raise UsageError("--ring-size must be a power of two and at least 64K, as 8M")
+    require_sample_interval(options.sample_ns)
+    require_ring_size(options.ring_bytes)
     return options
 
 

@@ -1,53 +1,30 @@
 """The pre-roll: what happened in the last seconds, in memory, within a bound.
 
-Events lie in chunks. Between two chunks is a :class:`Boundary`, the kernel's counters at that moment, so that a
-capture which begins there has exact totals of its own. A chunk ends every half second or so; what is taken is
-always whole chunks. The oldest go first: silently when they are older than asked for, counted when the memory
-bound drove them out.
+Events lie in chunks. Between two chunks is a :class:`Boundary`, taken right before the ring buffers were read for the
+chunk that ends there, so that a capture which begins there has exact totals of its own. A chunk ends every half second
+or so; what is taken is always whole chunks. The oldest go first: silently when they are older than asked for, counted
+when the memory bound drove them out.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.tracer.boundary import Boundary
+from stallscope.tracer.last_samples import LastSamples
 from stallscope.tracer.layout import EVENT_BYTES
-from stallscope.tracer.manifest import COUNTER, QUEUE, Manifest, ProbeCounters
+from stallscope.tracer.manifest import Manifest
 from stallscope.tracer.recording import empty_events, joined_events
-
-ByNamespace = Mapping[int, Mapping[str, int]]
-"""Counts by the kernel's name of the counter, by inode of the network namespace."""
 
 _PART_BYTES = 200
 _COUNTERS_BYTES = 800
 """What Python itself takes for an array, and for one probe's counters: counted with the events."""
 
-_STALE_NS = 5_000_000_000
-"""Everything that is sampled is sampled once a second at least: an older sample is of something that is gone."""
-
 _REMEMBERED_DROPS = 256
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What had been counted at the moment between two chunks.
-
-    Attributes:
-        time_ns: CLOCK_MONOTONIC, taken right before the ring buffers were read for the chunk that ends here.
-        counters: the in-kernel counters of the probes, by id.
-        kernel: the kernel's own counters; watched, elsewhere: what the hooked functions added to them at the
-            watched listeners and at all others (``capture.reconcile.Moment``); all by namespace inode.
-    """
-
-    time_ns: int
-    counters: Mapping[int, ProbeCounters]
-    kernel: ByNamespace = field(default_factory=dict)
-    watched: ByNamespace = field(default_factory=dict)
-    elsewhere: ByNamespace = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,9 +85,8 @@ class Preroll:
         self._open: deque[npt.NDArray[np.void]] = deque()
         self._open_bytes = 0
         self._open_dropped = 0
-        self._samples: dict[tuple[int, ...], npt.NDArray[np.void]] = {}
+        self._samples = LastSamples()
         self._samples_now = empty_events()
-        self._keys: dict[int, tuple[tuple[int, int, int], ...]] = {}
         self._drops: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_DROPS)
 
     @property
@@ -130,14 +106,7 @@ class Preroll:
 
     def follow(self, manifest: Manifest) -> None:
         """Learn which probes are samples, and of what; to be called again whenever the probe list has grown."""
-        names = {QUEUE: ("listener",), COUNTER: ("counter", "namespace")}
-        self._keys = {
-            probe.id: tuple(
-                (item.slot, item.shift, item.bits) for item in probe.fields if item.name in names[probe.kind]
-            )
-            for probe in manifest.probes
-            if probe.kind in names
-        }
+        self._samples.follow(manifest)
 
     def add(self, events: npt.NDArray[np.void]) -> None:
         """Append events (dtype ``EVENT``, shape (n,)) to the open chunk; they must not be changed afterwards."""
@@ -161,7 +130,8 @@ class Preroll:
         self._chunks.append(chunk)
         self._closed_bytes += _chunk_size(chunk)
         self._begin = boundary
-        self._follow_samples(events, boundary.time_ns)
+        self._samples.add(events, boundary.time_ns)
+        self._samples_now = self._samples.rows()
         while self._chunks and _end_ns(self._chunks[0]) < boundary.time_ns - self.keep_ns:
             self.expired += len(self._pop().events)
         self._shrink()
@@ -202,21 +172,6 @@ class Preroll:
         chunk = self._chunks.popleft()
         self._closed_bytes -= _chunk_size(chunk)
         return chunk
-
-    def _follow_samples(self, events: npt.NDArray[np.void], now_ns: int) -> None:
-        """Remember the last row of everything sampled."""
-        for row in events[np.isin(events["probe"], np.array(list(self._keys), np.uint16))]:
-            probe = int(row["probe"])
-            values = row["value"].tolist()
-            subject = [values[slot] >> shift & (1 << bits) - 1 for slot, shift, bits in self._keys[probe]]
-            self._samples[(probe, *subject)] = row
-        for key in [key for key, row in self._samples.items() if int(row["start_ns"]) < now_ns - _STALE_NS]:
-            del self._samples[key]
-        self._samples_now = empty_events(len(self._samples))
-        for place, row in enumerate(self._samples.values()):
-            self._samples_now[place] = row
-        # a row would keep its whole batch in memory
-        self._samples = dict(zip(self._samples, self._samples_now, strict=True))
 
 
 def _size(events: npt.NDArray[np.void]) -> int:

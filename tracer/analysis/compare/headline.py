@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from stallscope.tracer.analysis.compare.changes import Change
 from stallscope.tracer.analysis.compare.comparable import why_silent
-from stallscope.tracer.analysis.compare.comparison import Change, Comparison
 from stallscope.tracer.analysis.compare.sides import Side
 from stallscope.tracer.units import format_count
+
+if TYPE_CHECKING:
+    from stallscope.tracer.analysis.compare.comparison import Comparison
 
 _NAMED = 3
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stallscope.tracer.capture.event_loop import LoopPlan
-from stallscope.tracer.capture.program import FIRST_CALL_PROBE, ITERATION_PROBE, CallProbe, Program
+from stallscope.tracer.capture.probe_ids import FIRST_CALL_PROBE, ITERATION_PROBE
+from stallscope.tracer.capture.program import CallProbe, Program
 from stallscope.tracer.capture.redis_target import open_target
 from stallscope.tracer.capture.standstill import Span
 from stallscope.tracer.capture.symbols import resolve

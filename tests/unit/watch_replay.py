@@ -10,16 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from recordings import COUNTER_ID, COUNTER_NAMES, MS, WALL_OFFSET_NS, at, manifest
 
+from stallscope.tracer.boundary import Boundary, Moment
 from stallscope.tracer.layout import UNFINISHED_NS
 from stallscope.tracer.manifest import ITERATION, Manifest, ProbeCounters
 from stallscope.tracer.recording import empty_events
 from stallscope.tracer.watch.captures import CaptureOptions, Captures, Finished
 from stallscope.tracer.watch.evaluation import TriggerState, UnderWay
 from stallscope.tracer.watch.folder import CaptureFolder
-from stallscope.tracer.watch.preroll import Boundary, Preroll
+from stallscope.tracer.watch.preroll import Preroll
 from stallscope.tracer.watch.triggers import parse_triggers
 
 SAMPLED = {2, 3}
+DISK_S = 60.0
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Watch:
 
     Attributes:
         outcomes: what each trigger led to, with the time in ms.
+        hooked: names of the kernel's counters whose functions are hooked.
     """
 
     folder: CaptureFolder
@@ -39,6 +42,7 @@ class Watch:
     chunk_ms: int = 500
     outcomes: list[tuple[float, str]] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
+    hooked: tuple[str, ...] = ()
     sent: dict[int, int] = field(default_factory=dict)
     kernel: dict[str, int] = field(default_factory=dict)
 
@@ -56,7 +60,7 @@ class Watch:
             for probe in self.manifest.probes
             if probe.id not in SAMPLED
         }
-        return Boundary(at(now_ms), counters, kernel)
+        return Boundary(at(now_ms), counters, Moment(kernel, names=self.hooked))
 
     def play(self, events: npt.NDArray[np.void], until_ms: float, *, from_ms: float = 0) -> Watch:
         """Read each event at the first step after its end; iterations are seen while they last."""
@@ -87,6 +91,9 @@ class Watch:
                 unfinished = running.copy()
                 unfinished["duration_ns"] = UNFINISHED_NS
                 self.captures.finish(self.boundary(now_ms), unfinished, self.manifest)
+                for writer in self.captures._finishing:  # the disk knows nothing of this clock
+                    writer.join(DISK_S)
+                self.finished += self.captures.take_finished()
                 self.outcomes.append((now_ms, "finished"))
         return self
 
