@@ -69,7 +69,7 @@ class WatchTotals:
         captures: kept whole; incomplete: kept in part, or not at all.
         arrivals: servers taken up after the start.
         attach_ns, late_ns: as of ``DetailTier``.
-        own_cpu_ns: CPU time of this process.
+        start_cpu_ns, own_cpu_ns: CPU time of this process until the servers of the start were traced, and since then.
     """
 
     started_ns: int = 0
@@ -79,6 +79,7 @@ class WatchTotals:
     captures: int = 0
     incomplete: int = 0
     arrivals: int = 0
+    start_cpu_ns: int = 0
     own_cpu_ns: int = 0
     attach_ns: Sequence[int] = field(default_factory=list)
     late_ns: Sequence[int] = field(default_factory=list)
@@ -152,6 +153,7 @@ class Watcher:
         self._next_chunk_ns = begin.time_ns + CHUNK_NS
         self._lost = _lost_events(begin)
         self.totals.started_ns = begin.time_ns
+        self.totals.start_cpu_ns = own_cpu_ns()
         self._keep_spent(begin)
         self._learn()
         self._detail.settle()
@@ -344,7 +346,7 @@ class Watcher:
         self._metrics.counters(boundary.counters)
         self._metrics.queues(self._triggers.queues)
         self._metrics.own(
-            cpu_ns=self.totals.own_cpu_ns,
+            cpu_ns=self.totals.start_cpu_ns + self.totals.own_cpu_ns,
             memory_bytes=own_memory_bytes(),
             share=self._guard.share,
             limit=self.options.max_overhead,
@@ -376,7 +378,7 @@ class Watcher:
         totals.suppressed = self._captures.suppressed
         totals.arrivals = self._session.arrived
         totals.attach_ns, totals.late_ns = self._detail.attach_ns, self._detail.late_ns
-        totals.own_cpu_ns = own_cpu_ns()
+        totals.own_cpu_ns = own_cpu_ns() - totals.start_cpu_ns
         totals.elapsed_ns = time.monotonic_ns() - totals.started_ns
 
     def _tell_results(self) -> None:

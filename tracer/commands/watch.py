@@ -133,7 +133,7 @@ def summary_line(totals: WatchTotals) -> str:
             f"detail attached {format_duration_ns(statistics.median(totals.attach_ns))} after a trigger was noticed, "
             f"{format_duration_ns(statistics.median(totals.late_ns))} after its bound was passed (medians)"
         )
-    parts.append(f"own CPU {totals.own_cpu_ns / max(totals.elapsed_ns, 1):.1%}")
+    parts.append(f"own CPU since the start {totals.own_cpu_ns / max(totals.elapsed_ns, 1):.1%}")
     return f"watched {format_duration_ns(totals.elapsed_ns)}: {', '.join(parts)}"
 
 
