@@ -10,7 +10,7 @@ from lab import LabError
 from lab.server import find_server
 from tracing import require_tracing
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from soak import NEW, OLD, soak
 
