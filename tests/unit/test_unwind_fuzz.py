@@ -28,7 +28,8 @@ BASE, STACK = 0x5555_0000_0000, 0x7FFF_0000_0000
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fuzz") / "stepped"
-    subprocess.run(["gcc", "-O2", "-o", path, SOURCE], check=True)
+    # rules are kept by build-id: with one, only the first damage would be read, and whoever comes later would get it
+    subprocess.run(["gcc", "-O2", "-Wl,--build-id=none", "-o", path, SOURCE], check=True)
     return path
 
 

@@ -37,6 +37,7 @@ _UDATA4, _DATAREL_SDATA4 = 0x03, 0x3B
 
 _STRUCTS = DWARFStructs(little_endian=True, dwarf_format=32, address_size=8)
 _NO_CFA = (-1, -1)
+_CHANGES_OF_CFA = (_DEF_CFA_OFFSET, _DEF_CFA_OFFSET_SF, _DEF_CFA_REGISTER)
 _AS_CALLED = RuleSet((RSP, 8), ((RIP, Kind.OFFSET, -8),), False)
 
 
@@ -85,6 +86,8 @@ class _Machine:
 
     def _apply(self, opcode: int, arguments: list[Any]) -> None:
         row = self._row
+        if opcode in _CHANGES_OF_CFA and row.cfa[0] < 0:
+            raise UnsupportedExpressionError("the CFA is no register whose offset could change")
         if opcode in (_OFFSET, _OFFSET_EXTENDED, _OFFSET_EXTENDED_SF):
             self._set(arguments[0], Kind.OFFSET, arguments[1] * self._data_alignment)
         elif opcode == _DEF_CFA_OFFSET:

@@ -92,7 +92,17 @@ class RuleTableBuilder:
         return self._expressions.setdefault(expression, len(self._expressions))
 
     def add(self, start: int, end: int, rules: RuleSet) -> None:
-        """Say which rules hold from one address up to, not including, another."""
+        """Say which rules hold from one address up to, not including, another.
+
+        Raises:
+            LookupError: no register, number or address is like that; the file is damaged.
+        """
+        values = (rules.cfa[1], *(value for _, _, value in rules.registers))
+        registers = (rules.cfa[0], *(register for register, _, _ in rules.registers))
+        if start < 0 or end > 2**64 or not all(-(2**63) <= value < 2**63 for value in values):
+            raise LookupError("unwind rules for no address, or with no offset, of 64 bits")
+        if not all(-1 <= register < REGISTER_COUNT for register in registers):
+            raise LookupError("unwind rules with a register that is not known")
         if start < end:
             self._stretches.append((start, end, self._sets.setdefault(rules, len(self._sets))))
 
