@@ -19,6 +19,7 @@ from stallscope.reports.timeline.tables import Table
 
 _SHARED = "stallscope.reports.timeline"
 _OWN = "stallscope.reports.comparison"
+_SCRIPTS = ((_SHARED, "format.js"), (_SHARED, "inflate.js"), (_OWN, "comparison.js"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def render(text: PageText, tables: Sequence[tuple[str, Table]], sides: ComparedS
         style=Markup(_asset(_SHARED, "page.css") + _asset(_OWN, "comparison.css")),
         document=Markup(script_json(describe(sides))),
         plotly=gzip_text(get_plotlyjs()),
-        scripts=Markup("\n".join([_asset(_SHARED, "format.js"), _asset(_OWN, "comparison.js")])),
+        scripts=Markup("\n".join(_asset(package, name) for package, name in _SCRIPTS)),
     )
 
 

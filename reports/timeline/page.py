@@ -30,8 +30,8 @@ from stallscope.tracer.analysis.summary import Summary
 from stallscope.tracer.units import format_duration_ns
 
 SCRIPTS = (
-    "format.js", "columns.js", "state.js", "lanes.js", "flame.js", "imported.js", "figure.js", "stacks.js",
-    "detail.js", "controls.js", "start.js",
+    "format.js", "inflate.js", "columns.js", "state.js", "lanes.js", "flame.js", "imported.js", "figure.js",
+    "stacks.js", "detail.js", "controls.js", "start.js",
 )  # fmt: skip
 """In the order in which they run."""
 

@@ -14,9 +14,7 @@ from case import record
 from case.examine import examine
 from case.memory import measure
 from case.steps import load_steps
-from lab import LabError
-from lab.server import find_server
-from tracing import require_tracing
+from tracing import built
 
 RUN = Path(record.__file__).with_name("run.py")
 CLIENTS = 200
@@ -51,12 +49,8 @@ status = [0, 3]
 
 @pytest.fixture(scope="module", autouse=True)
 def possible() -> None:
-    require_tracing()
     for build in ("2.8.17", "2.8.17-patched", "5.0.6"):
-        try:
-            find_server(build)
-        except LabError as error:
-            pytest.skip(str(error))
+        built(build)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import LabError
 from lab.recipes import RECIPES
-from lab.server import Server, find_server, running_server
-from tracing import STALLSCOPE, require_tracing
+from lab.server import Server, running_server
+from tracing import STALLSCOPE, built
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "statistics"))
 
@@ -27,11 +26,7 @@ def record(server: Server, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    require_tracing()
-    try:
-        find_server("2.8.17")
-    except LabError as error:
-        pytest.skip(str(error))
+    built("2.8.17")
     folder = tmp_path_factory.mktemp("twice")
     paths = [folder / "before.stall", folder / "after.stall"]
     with (

@@ -14,25 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lab import LabError, incident
+from lab import incident
 from lab.outcome import Outcome
 from lab.recipes import RECIPES
-from lab.server import HOST, Server, find_server, running_server
-from tracing import Rows, inside, recording, require_tracing, until
+from lab.server import HOST, Server, running_server
+from tracing import Rows, built, inside, recording, until
 
 CLONE_NEWNET = 0x40000000
 PURGES = {"2.8.17": ["je_pages_purge"], "5.0.6": ["je_pages_purge_lazy", "je_pages_purge_forced"]}
 ANNOUNCED_BYTES = 1_000_003
 SENT_BYTES = 600_011
-
-
-def built(name: str) -> str:
-    require_tracing()
-    try:
-        find_server(name)
-    except LabError as error:
-        pytest.skip(str(error))
-    return name
 
 
 @contextmanager

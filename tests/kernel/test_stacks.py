@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from lab import LabError
-from lab.server import Server, find_server, running_server
-from tracing import Recorder, Rows, recording, require_tracing, until
+from lab.server import Server, running_server
+from tracing import Recorder, Rows, built, recording, until
 
 from stallscope.tracer.analysis.analysis import Analysis, analyse
 from stallscope.tracer.analysis.findings import find_findings
@@ -37,11 +36,7 @@ CULPRITS = ("keysCommand", "evalGenericCommand", "debugCommand")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    require_tracing()
-    try:
-        find_server("2.8.17")
-    except LabError as error:
-        pytest.skip(str(error))
+    built("2.8.17")
     with running_server("2.8.17", backlog=64) as running:
         running.command("DEBUG", "POPULATE", str(KEYS))
         yield running

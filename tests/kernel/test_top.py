@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import LabError
-from lab.server import HOST, Server, find_server, running_server
+from lab.server import HOST, Server, running_server
 from screen import Screen, on_screen
-from tracing import STALLSCOPE, Nesting, Rows, build_nesting, require_tracing, running_nesting, until
+from tracing import STALLSCOPE, Nesting, Rows, build_nesting, built, require_tracing, running_nesting, until
 
 from stallscope.tracer.recording import read_recording
 
@@ -29,11 +28,7 @@ CURSOR_OFF, CURSOR_ON = b"\x1b[?25l", b"\x1b[?25h"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    require_tracing()
-    try:
-        find_server("2.8.17")
-    except LabError as error:
-        pytest.skip(str(error))
+    built("2.8.17")
     with running_server("2.8.17") as running:
         yield running
 

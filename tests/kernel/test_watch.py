@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from lab import LabError
-from lab.server import Server, find_server, running_server
-from tracing import Rows, require_tracing, until
+from lab.server import Server, running_server
+from tracing import Rows, built, until
 from watch_process import Watch, connecting, iterations, stopped, watching
 
 from stallscope.tracer.analysis.analysis import analyse
@@ -18,15 +17,6 @@ MS = 1_000_000
 BACKLOG = 5
 FLUSHED = 7
 """Commands, one call of flushallCommand each."""
-
-
-def built(name: str) -> str:
-    require_tracing()
-    try:
-        find_server(name)
-    except LabError as error:
-        pytest.skip(str(error))
-    return name
 
 
 def triggers(manifest: Manifest) -> list[str]:

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lab import LabError
-from lab.server import Server, find_server, running_server
-from tracing import Rows, require_tracing, until
+from lab.server import Server, running_server
+from tracing import Rows, built, until
 from watch_process import Watch, iterations, watching
 
 from stallscope.tracer.recording import read_recording
@@ -21,15 +20,6 @@ from stallscope.tracer.recording import read_recording
 MS = 1_000_000
 QUICK = ("--before", "1s", "--after", "500ms", "--cooldown", "0", "--max-overhead", "100%")
 STALLS = (*QUICK, "--trigger", "stall>50ms")
-
-
-def built(name: str) -> str:
-    require_tracing()
-    try:
-        find_server(name)
-    except LabError as error:
-        pytest.skip(str(error))
-    return name
 
 
 def stall(server: Server, seconds: str = "0.2") -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from lab import LabError
+from lab.server import find_server
 
 from stallscope.tracer.capture.preflight import FAILED, check_machine
 from stallscope.tracer.errors import RecordingError
@@ -43,6 +45,16 @@ def why_not_traceable() -> str:
 def require_tracing() -> None:
     if why_not_traceable():
         pytest.skip(why_not_traceable())
+
+
+def built(name: str) -> str:
+    """Return the name of a server's build; skips the test where nothing can be traced or it is not built."""
+    require_tracing()
+    try:
+        find_server(name)
+    except LabError as error:
+        pytest.skip(str(error))
+    return name
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -134,14 +146,12 @@ def running_nesting(binary: Path) -> Iterator[Nesting]:
         program.close()
 
 
-class Recorder:
-    """A ``stallscope record`` whose probes are attached."""
+class Command:
+    """A ``stallscope`` command that is under way, and what it says on stderr."""
 
-    def __init__(self, process: subprocess.Popen[bytes], path: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
-        self.path = path
         self._said = b""
-        self.attached_ns = 0
 
     @property
     def pid(self) -> int:
@@ -158,15 +168,46 @@ class Recorder:
             self._said += part
         return self._said.decode()
 
-    def wait_until_it_says(self, text: str) -> None:
-        until(lambda: text in self.said or self.process.poll() is not None, f"record says {text!r}")
-        assert text in self.said, self.said
+    def wait_until_it_says(self, text: str, *, times: int = 1) -> None:
+        until(lambda: self.said.count(text) >= times or self.process.poll() is not None, f"it says {text!r}")
+        assert self.said.count(text) >= times, self.said
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Send it a signal and return its exit status, -N when signal N killed it."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(DEADLINE_S)
+
+    def close(self) -> None:
+        """End it, keep what it said and let go of its stderr."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stderr is not None
+        self._said = self.said.encode()
+        self.process.stderr.close()
+
+
+def started(command: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, to be read from stderr."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | (environment or {}),
+    )
+
+
+class Recorder(Command):
+    """A ``stallscope record`` whose probes are attached."""
+
+    def __init__(self, process: subprocess.Popen[bytes], path: Path) -> None:
+        super().__init__(process)
+        self.path = path
+        self.attached_ns = 0
 
     def recording(self) -> Recording:
         return read_recording(self.path)
@@ -183,33 +224,16 @@ class Recorder:
 
         until(has_them, f"{count} rows of {name} are in the file")
 
-    def close(self) -> None:
-        """Keep what it said and let go of its stderr."""
-        assert self.process.stderr is not None
-        self._said = self.said.encode()
-        self.process.stderr.close()
-
 
 @contextmanager
 def recording(path: Path, *words: str, prefix: Sequence[str] = ()) -> Iterator[Recorder]:
     """Run ``stallscope record`` with these words, and yield it once all probes are attached."""
-    process = subprocess.Popen(
-        [*prefix, STALLSCOPE, "record", "-o", str(path), *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    recorder = Recorder(process, path)
+    recorder = Recorder(started([*prefix, STALLSCOPE, "record", "-o", str(path), *words]), path)
     try:
         recorder.wait_until_it_says("all probes attached")
         recorder.attached_ns = time.monotonic_ns()
         yield recorder
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-        process.wait()
         recorder.close()
 
 

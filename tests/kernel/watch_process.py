@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lab.server import HOST, Server
-from tracing import DEADLINE_S, STALLSCOPE, Rows, until
+from tracing import STALLSCOPE, Command, Rows, started, until
 
 from stallscope.tracer.manifest import ITERATION
 from stallscope.tracer.recording import read_recording
@@ -22,32 +21,12 @@ CAPTURED = re.compile(r"^captured .*?: (\S+\.stall)", re.MULTILINE)
 TRIGGERED = re.compile(r"^trigger: (.*)$", re.MULTILINE)
 
 
-class Watch:
+class Watch(Command):
     """A ``stallscope watch`` that is under way."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
-        self.process = process
+        super().__init__(process)
         self.folder = folder
-        self._said = b""
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def said(self) -> str:
-        """Everything it has said on stderr so far."""
-        assert self.process.stderr is not None
-        while not self.process.stderr.closed and select.select([self.process.stderr], [], [], 0)[0]:
-            part = os.read(self.process.stderr.fileno(), 65536)
-            if not part:
-                break
-            self._said += part
-        return self._said.decode()
-
-    def wait_until_it_says(self, text: str, *, times: int = 1) -> None:
-        until(lambda: self.said.count(text) >= times or self.process.poll() is not None, f"watch says {text!r}")
-        assert self.said.count(text) >= times, self.said
 
     def captured(self) -> list[Path]:
         """Return the captures it has told of, in their order."""
@@ -62,22 +41,10 @@ class Watch:
         assert len(self.captured()) > number, self.said
         return Rows(read_recording(self.captured()[number]))
 
-    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
-        """Send it a signal and return its exit status, -N when signal N killed it."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(DEADLINE_S)
-
     def resident_kb(self) -> int:
         """Return its resident memory, kB."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")))
-
-    def close(self) -> None:
-        """Keep what it said and let go of its stderr."""
-        assert self.process.stderr is not None
-        self._said = self.said.encode()
-        self.process.stderr.close()
 
 
 @contextmanager
@@ -85,23 +52,11 @@ def watching(
     folder: Path, *words: str, prefix: Sequence[str] = (), environment: dict[str, str] | None = None
 ) -> Iterator[Watch]:
     """Run ``stallscope watch`` with these words, and yield it once it watches."""
-    process = subprocess.Popen(
-        [*prefix, STALLSCOPE, "watch", "-o", str(folder), *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=os.environ | (environment or {}),
-    )
-    watch = Watch(process, folder)
+    watch = Watch(started([*prefix, STALLSCOPE, "watch", "-o", str(folder), *words], environment), folder)
     try:
         watch.wait_until_it_says("watching ")
         yield watch
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-        process.wait()
         watch.close()
 
 

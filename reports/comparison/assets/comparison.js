@@ -7,19 +7,12 @@ const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Ar
 const LANE_PX = { stalls: 84, queue: 70 };
 const MOST_FOLD = 8;
 
-async function inflate(text) {
-  const octets = Uint8Array.from(atob(text.trim()), (character) => character.charCodeAt(0));
-  const stream = new Blob([octets]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Response(stream).text();
-}
-
 function theme() {
   const style = getComputedStyle(document.documentElement);
   return Object.fromEntries(["panel", "ink", "faint", "line", "refused", "stall", "queue", "before", "after"]
     .map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
-const sideName = (side) => (side === "before" ? "before" : "after");
 const widthOf = (id) => Math.max(Math.floor(byId(id).parentElement.clientWidth), 320);
 
 function frame(colours, width, height, margin) {
@@ -79,7 +72,7 @@ function drawTimelines(colours) {
     const label = (text, y) => layout.annotations.push({
       text, x: 0, xref: "paper", xanchor: "left", y: 1 - y / inner, yref: "paper", yanchor: "bottom", yshift: 2, showarrow: false, font: { size: 12 },
     });
-    label(`<b style="color:${colour}">${sideName(line.side)}</b> <b>${plain(line.name)}</b> ${plain(line.server)}: ${words}`, top + gap);
+    label(`<b style="color:${colour}">${line.side}</b> <b>${plain(line.name)}</b> ${plain(line.server)}: ${words}`, top + gap);
     label(`accept queue, share of its limit; <span style="color:${colours.refused}">×</span> ${number(total)} refused`, top + gap + LANE_PX.stalls + gap);
   });
   layout.xaxis = { ...axis(colours), range: [0, page.elapsed_ns / 1e9], ticksuffix: " s", side: "bottom", anchor: "free", position: 0, mirror: false };
@@ -102,7 +95,7 @@ async function drawDistribution(colours) {
   const width = widthOf("ecdf");
   const legend = { orientation: "h", x: 0, y: 1.12, font: { color: colours.ink } };
   const named = (side) => `${side.side} (${plural(side.calls, "call")}${side.short ? `, ${number(side.short)} only counted` : ""})`;
-  const hover = (side) => side.duration_ns.map((length, index) => `${sideName(side.side)}: ${(100 * side.share[index]).toPrecision(6).replace(/\.?0+$/, "")}% took at most ${duration(length)}`);
+  const hover = (side) => side.duration_ns.map((length, index) => `${side.side}: ${(100 * side.share[index]).toPrecision(6).replace(/\.?0+$/, "")}% took at most ${duration(length)}`);
   const line = (side) => ({
     type: "scatter", mode: side.duration_ns.length < 40 ? "lines+markers" : "lines", name: named(side), line: { color: colours[side.side], width: 2, dash: side.side === "before" ? "dot" : "solid" },
     hovertext: hover(side), hoverinfo: "text",
@@ -185,7 +178,7 @@ function sortTable(head) {
 async function start() {
   if (typeof DecompressionStream === "undefined") throw new Error("this browser is too old for the charts; use one of 2023 or later");
   const script = document.createElement("script");
-  script.textContent = await inflate(byId("plotly").textContent);
+  script.textContent = new TextDecoder().decode(await inflate(byId("plotly").textContent));
   document.head.append(script);
   await draw();
   byId("loading").remove();

@@ -1,13 +1,5 @@
 // Undoes columns.py: one gzip stream of byte planes, read column by column when it is first asked for.
 
-async function inflate(base64) {
-  const text = atob(base64.trim());
-  const packed = new Uint8Array(text.length);
-  for (let index = 0; index < text.length; index++) packed[index] = text.charCodeAt(index);
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
 class Columns {
   constructor(index, octets) {
     this.index = index;
