@@ -231,6 +231,9 @@ class TestServerThatEnds:
             recorder.wait_until_it_says(f"process {second.pid} ({second.path.resolve()}) took over port {first.port}")
             descriptor = stack.enter_context(stuck_uploader(second))
             recorder.wait_until_it_has(1, "sdsRemoveFreeSpace", pid=second.pid)
+            recorder.wait_until_it_has(
+                1, "accept queue", pid=second.pid
+            )  # samples that say nothing new come once a second
             assert recorder.stop() == 0
             rows = Rows(recorder.recording())
         before, after = rows.manifest.targets
