@@ -77,9 +77,29 @@ def test_in_the_trampoline_the_function_has_returned(saved: int) -> None:
     assert copied.lengths.tolist() == [4096 - saved * 8]
 
 
+@pytest.mark.parametrize(("offset", "word"), [(13, 2), (15, 1), (16, 0)])
+@pytest.mark.parametrize("outer", [(), ((40, OUTER),)])
+def test_behind_the_system_call_the_return_address_is_on_the_stack(
+    offset: int, word: int, outer: tuple[tuple[int, int], ...]
+) -> None:
+    made = sample(ip=TRAMPOLINE + offset, returns=outer)
+    made["stack"][0].view("<u8")[word] = CALLER
+    copied = restored(made)
+    assert copied.registers[0, [RIP, RSP]].tolist() == [CALLER, STACK + word * 8 + 8]
+    assert copied.stacks[0].view("<u8")[0] == word + 1
+    assert copied.stacks[0].view("<u8")[40 - word - 1] == (OUTER if outer else 40)
+    made["length"] = word * 8
+    assert restored(made).registers[0, RIP] == TRAMPOLINE + offset, "that word was not copied"
+
+
 def test_an_instruction_stepped_out_of_line_is_where_it_was() -> None:
-    copied = restored(sample(ip=TRAMPOLINE + 128 + 3))
+    copied = restored(sample(ip=TRAMPOLINE + 128))
     assert copied.registers[0, [RIP, RSP]].tolist() == [CALLER, STACK]
+
+
+def test_an_instruction_that_was_stepped_out_of_line_has_been_executed() -> None:
+    copied = restored(sample(ip=TRAMPOLINE + 3 * 128 + 4))
+    assert copied.registers[0, [RIP, RSP]].tolist() == [CALLER + 4, STACK]
 
 
 def test_samples_do_not_mix() -> None:

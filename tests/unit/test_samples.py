@@ -213,6 +213,15 @@ class TestFindings:
         assert found.title == "60% of the stalls' time (60.0 ms) Redis could run, but had no CPU"
         assert found.evidence[0].text == "a stall of 100 ms, 60.0 ms of it waiting for a CPU"
 
+    def test_blame_no_function_for_the_time_without_a_cpu(self, tmp_path: Path) -> None:
+        builder = Builder(with_stacks()).span(ITERATION_ID, 1000, 100, 1, 0)
+        builder.sample(1000, "sendReplyToClient", 10).sample(1010, "sendReplyToClient", 90, RUNNABLE_STATE)
+        analysis = analysed(builder, tmp_path)
+        assert analysis.samples.culprits == ()
+        assert findings(analysis, "untraced-culprits") == findings(analysis, "unexplained-stalls") == []
+        assert [stall.sampled_in for stall in summarise(analysis).stalls] == ["no CPU"]
+        assert "was blocked for 100 ms, mostly for want of a CPU (by sampled stacks)" in summarise(analysis).verdict
+
     def test_are_silent_without_samples(self) -> None:
         analysis = analyse(read_recording(DATA / "known-call.stall"))
         for rule in ("untraced-culprits", "stalls-asleep", "stalls-want-cpu"):

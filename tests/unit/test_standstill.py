@@ -16,13 +16,18 @@ INTERVAL = 5 * MS
 WAITING, READING, BUSY = "waiting", "reading", "busy"
 
 
-def looked_at(state: Callable[[int], str], looks: Iterable[int]) -> tuple[list[Span], Standstill]:
-    """Return the stalls found by looks at these times at a thread that is in ``state(time)``."""
+def looked_at(
+    state: Callable[[int], str], looks: Iterable[int], *, stays: bool = False
+) -> tuple[list[Span], Standstill]:
+    """Return the stalls found by looks at these times at a thread that is in ``state(time)``.
+
+    ``stays``: every look that finds it busy finds that it did not go to sleep since the one before.
+    """
     standstill = Standstill(THRESHOLD, INTERVAL)
     found = []
     for now_ns in looks:
         is_in = state(now_ns)
-        span = standstill.look(now_ns, waits=is_in == WAITING, moved=is_in == READING)
+        span = standstill.look(now_ns, waits=is_in == WAITING, moved=is_in == READING, stayed=stays)
         if span is not None:
             found.append(span)
     return found, standstill
@@ -75,6 +80,13 @@ def test_the_time_in_which_nobody_looked_is_no_stall() -> None:
     # and a late look at the end adds no more than one interval
     (found,), _ = looked_at(busy_during(Span(100 * MS, 160 * MS)), [*range(95 * MS, 160 * MS, INTERVAL), 400 * MS])
     assert found == Span(95 * MS, 160 * MS)
+
+
+def test_what_did_not_go_to_sleep_while_nobody_looked_is_a_stall_from_its_start() -> None:
+    looks = [95 * MS, 100 * MS, 105 * MS, 305 * MS, 310 * MS]
+    busy = busy_during(Span(104 * MS, 306 * MS))
+    assert looked_at(busy, looks)[0] == []
+    assert looked_at(busy, looks, stays=True)[0] == [Span(100 * MS, 310 * MS)]
 
 
 def test_a_stall_that_is_known_outlasts_a_late_look() -> None:

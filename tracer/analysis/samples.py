@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stallscope.probes.catalogue import functions as catalogued
-from stallscope.tracer.analysis.sample_rows import STATES
+from stallscope.tracer.analysis.sample_rows import RUNNABLE, STATES
 from stallscope.tracer.analysis.stalls import Stalls
 from stallscope.tracer.analysis.tables import Ints, Tables
 from stallscope.tracer.manifest import CALL, Manifest
@@ -22,6 +22,9 @@ ROOT = -1
 """The parent of the outermost functions of a tree."""
 
 STACK_NOT_KEPT = "[stack not kept]"
+
+NO_CPU = "no CPU"
+"""What a stall mostly was in that the thread could have spent running, in place of a function's name."""
 
 WORTH_NAMING = 0.2
 """A function is worth naming from this share of a stall on."""
@@ -130,11 +133,16 @@ class Samples:
 
     @cached_property
     def culprits(self) -> tuple[Culprit, ...]:
-        """The function to trace next, of each stall that was mostly in functions not traced; by stall."""
+        """The function to trace next, of each stall that was mostly in functions not traced; by stall.
+
+        None is blamed for a stall in which the thread wanted a CPU for so long that too little is left for any.
+        """
         found = []
         files = _server_files(self._manifest)
         traced = _traced(self._manifest)
         for stall, mine in self.in_stalls().groupby("stall"):
+            if stall in self._without_cpu:
+                continue
             total_ns = int(mine["weight_ns"].sum())
             chain = _hot_path(self.paths(mine), total_ns)
             named = _to_blame(chain, files, traced)
@@ -143,6 +151,19 @@ class Samples:
                 shown = tuple(name for name in path if name not in PASSES_ON)
                 found.append(Culprit(int(str(stall)), named[0], shown, named[1], total_ns))
         return tuple(found)
+
+    @cached_property
+    def told(self) -> dict[int, str]:
+        """What each stall mostly was in, by the stall: the function to trace next, or NO_CPU."""
+        functions = {culprit.stall: culprit.function for culprit in self.culprits}
+        return functions | dict.fromkeys(self._without_cpu, NO_CPU)
+
+    @cached_property
+    def _without_cpu(self) -> frozenset[int]:
+        weights = self.in_stalls()
+        total = weights.groupby("stall")["weight_ns"].sum()
+        waited = weights.loc[weights["state"] == STATES.index(RUNNABLE)].groupby("stall")["weight_ns"].sum()
+        return frozenset(waited.index[waited > (1 - WORTH_NAMING) * total.loc[waited.index]].tolist())
 
 
 class _Tree:

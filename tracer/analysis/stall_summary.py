@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from stallscope.tracer.analysis.nesting import Nested
-from stallscope.tracer.analysis.samples import Culprit
 from stallscope.tracer.analysis.stalls import Stalls
 from stallscope.tracer.analysis.tables import Tables
 
@@ -77,7 +77,8 @@ class StallSummary:
             known; wait_median_ns, wait_max_ns: how long they were in it.
         clients: how many its calls were made for, None where no call told one; clients_blamed: those that
             took most of it, most time first.
-        sampled_in: the function not traced in which its sampled stacks mostly were, "" where none tell one.
+        sampled_in: the function not traced in which its sampled stacks mostly were, NO_CPU where the thread mostly
+            wanted one, "" where they tell neither.
     """
 
     start_ns: int
@@ -112,14 +113,13 @@ class StallSummary:
 
 
 def summarise_stalls(
-    tables: Tables, nested: Nested, stalls: Stalls, culprits: Sequence[Culprit] = ()
+    tables: Tables, nested: Nested, stalls: Stalls, sampled_in: Mapping[int, str] = MappingProxyType({})
 ) -> tuple[StallSummary, ...]:
     """Return the stalls with most overflows and, of those with as many, the longest; sorted by time.
 
     Args:
-        culprits: what their sampled stacks tell.
+        sampled_in: what their sampled stacks tell, by row of ``Stalls.frame``.
     """
-    sampled_in = {culprit.stall: culprit.function for culprit in culprits}
     frame = stalls.frame
     names = {probe.id: probe.name for probe in tables.manifest.probes}
     refused = frame["overflows"] + frame["overflows_drain"]

@@ -6,6 +6,7 @@ from stallscope.tracer.analysis.blame import NO_KNOWN_CAUSE
 from stallscope.tracer.analysis.imported import imported_sentence
 from stallscope.tracer.analysis.nesting import Nested
 from stallscope.tracer.analysis.requests import ACCEPTED, ENQUEUED, SYN_TAKEN, event_hits
+from stallscope.tracer.analysis.samples import NO_CPU
 from stallscope.tracer.analysis.stall_summary import StallSummary
 from stallscope.tracer.analysis.stalls import ITERATIONS
 from stallscope.tracer.analysis.summary import Summary
@@ -108,6 +109,8 @@ def _of_stalls(summary: Summary) -> str:
 
 def _by(stall: StallSummary) -> str:
     what = f"{stall.sampled_in} (by sampled stacks, not traced)" if stall.sampled_in else ""
+    if stall.sampled_in == NO_CPU and not stall.blamed:
+        return ", mostly for want of a CPU (by sampled stacks)"
     if not stall.functions:
         return f" by {what or 'something that was not traced'}"
     if not stall.blamed:

@@ -17,6 +17,12 @@ _PAGE_BYTES = 4096
 _SLOT_BYTES = 128
 """Linux arch/x86/include/asm/uprobes.h, UPROBE_XOL_SLOT_BYTES; the page's first slot is the trampoline."""
 
+_PUSHED_BYTES = 3 * 8
+"""What the trampoline has saved at most: Linux arch/x86/kernel/uprobes.c, uretprobe_trampoline_entry."""
+
+_LEFT_BYTES = {13: 16, 15: 8, 16: 0}
+"""Behind its system call, by the offset: how far up the stack the return address is, in place of a register saved."""
+
 Words = npt.NDArray[np.uint64]
 
 
@@ -46,8 +52,9 @@ def restored(samples: npt.NDArray[np.void]) -> CopiedStacks:
     inside = registers[:, RIP] - trampoline
     in_page = (trampoline != 0) & (inside < _PAGE_BYTES)
     stepping = in_page & (inside >= _SLOT_BYTES)
-    registers[stepping, RIP] = samples["probed_ip"][stepping]
-    for row in np.flatnonzero(in_page & ~stepping & (samples["return_slot"][:, 0] != 0)).tolist():
+    # behind the instruction once that was executed, which may have moved the stack pointer
+    registers[stepping, RIP] = samples["probed_ip"][stepping] + inside[stepping] % _SLOT_BYTES
+    for row in np.flatnonzero(in_page & ~stepping).tolist():
         _return_from_trampoline(samples[row], registers[row], stacks[row])
         lengths[row] -= int(registers[row, RSP]) - int(samples["registers"][row, RSP])
     return CopiedStacks(registers, stacks, np.maximum(lengths, 0))
@@ -71,10 +78,15 @@ def _restore_return_addresses(
 def _return_from_trampoline(sample: np.void, registers: Words, stack: npt.NDArray[np.uint8]) -> None:
     """Let a thread that is in the trampoline have returned to where it will be sent: the function is over."""
     shift = int(sample["return_slot"][0]) + 8 - int(registers[RSP])
-    # the trampoline has saved at most three registers below: Linux arch/x86/kernel/uprobes.c, uretprobe_trampoline
-    if not 0 <= shift <= 3 * 8:
+    inside = int(registers[RIP]) - int(sample["trampoline"])
+    if 0 <= shift <= _PUSHED_BYTES:
+        registers[RIP] = sample["return_address"][0]
+    elif inside in _LEFT_BYTES and _LEFT_BYTES[inside] + 8 <= sample["length"]:
+        # the kernel has forgotten the call, and put the return address where the trampoline's `ret` will find it
+        registers[RIP] = stack.view("<u8")[_LEFT_BYTES[inside] // 8]
+        shift = _LEFT_BYTES[inside] + 8
+    else:
         return
-    registers[RIP] = sample["return_address"][0]
     registers[RSP] += np.uint64(shift)
     if shift:
         stack[:-shift] = stack[shift:].copy()

@@ -18,7 +18,7 @@ from stallscope.probes.catalogue import Field
 from stallscope.tracer.capture.kernel_symbols import kernel_symbols
 from stallscope.tracer.capture.probe_ids import STACK_PROBE
 from stallscope.tracer.capture.process_code import open_unwinder
-from stallscope.tracer.capture.return_addresses import restored
+from stallscope.tracer.capture.return_addresses import CopiedStacks, restored
 from stallscope.tracer.capture.stack_ring import SAMPLE
 from stallscope.tracer.capture.stack_sampler import StackOptions, StackSampler
 from stallscope.tracer.errors import StallscopeError, TargetError
@@ -27,7 +27,8 @@ from stallscope.tracer.manifest import STACK, ProbeInfo
 from stallscope.tracer.recording import joined_events
 from stallscope.tracer.stack_table import KERNEL, NOT_UNWOUND, StackFrame, StackTable
 from stallscope.tracer.unwind.code import CodeImage
-from stallscope.tracer.unwind.unwinder import Ended, Unwinder
+from stallscope.tracer.unwind.registers import RIP
+from stallscope.tracer.unwind.unwinder import Ended, Unwinder, UnwoundStacks
 
 STACK_FIELDS = (Field("weight_ns", "ns", 0), Field("state", "", 1, bits=32))
 """``weight_ns`` is what a sample stands for; ``state`` the task's when it left the CPU, or STATE_ON_CPU."""
@@ -41,6 +42,9 @@ _REMEMBERED_NS = 5_000_000_000
 
 _REMAP_NS = 1_000_000_000
 """A process's mappings are read again at most this often, when a stack ends in code that was not mapped before."""
+
+_BREAKPOINT = "asm_exc_int3"
+"""The kernel's entry from a breakpoint, which is what an entry probe is."""
 
 _SCHEDULE = ("schedule", "preempt_schedule_irq", "preempt_schedule_common", "preempt_schedule_notrace", "__schedule")
 """Below these on the kernel's stack is only how a task leaves the CPU, and our own program."""
@@ -156,10 +160,11 @@ class StackReader:
         if unwinder is None:
             return [[StackFrame(NOT_UNWOUND, ""), *frames] for frames in kernel]
         copied = restored(samples)
-        unwound = unwinder.unwind(copied.registers, copied.stacks, copied.lengths)
+        trapped = np.array([bool(frames) and frames[0].name == _BREAKPOINT for frames in kernel], np.bool_)
+        unwound = _unwind(unwinder, copied, trapped)
         if (unwound.ended == Ended.NOT_CODE).any() and self._map_again(pid):
             unwinder = self._code[pid]
-            unwound = unwinder.unwind(copied.registers, copied.stacks, copied.lengths)
+            unwound = _unwind(unwinder, copied, trapped)
         self._name(pid, unwinder, unwound.addresses, unwound.is_exact)
         result = []
         for row, depth in enumerate(unwound.depth.tolist()):
@@ -246,3 +251,22 @@ class StackReader:
         if lines:
             with self._lock:
                 self._notes += [f"stacks are not unwound beyond it: {line}" for line in lines]
+
+
+def _unwind(unwinder: Unwinder, copied: CopiedStacks, trapped: npt.NDArray[np.bool_]) -> UnwoundStacks:
+    """Unwind stacks, of which some threads are ``trapped`` in a breakpoint.
+
+    A breakpoint leaves the program counter behind its one byte, and the kernel sets it back a moment later. Where a
+    probed function begins with an instruction of one byte (``push %rbp``), nothing tells one that is still to be
+    executed from one that was, but that its stack leads nowhere.
+    """
+    unwound = unwinder.unwind(copied.registers, copied.stacks, copied.lengths)
+    rows = np.flatnonzero(trapped & (unwound.ended != Ended.REACHED_END))
+    if len(rows):
+        registers = copied.registers[rows]
+        registers[:, RIP] -= np.uint64(1)
+        again = unwinder.unwind(registers, copied.stacks[rows], copied.lengths[rows])
+        better = again.ended == Ended.REACHED_END
+        for name in ("addresses", "depth", "ended", "is_exact"):
+            getattr(unwound, name)[rows[better]] = getattr(again, name)[better]
+    return unwound

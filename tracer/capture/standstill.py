@@ -58,18 +58,19 @@ class Standstill:
         """Return whether half a stall has passed: more looks from now on tell it from a busy loop that seldom waits."""
         return self._lasts(self._threshold_ns // 2)
 
-    def look(self, now_ns: int, *, waits: bool, moved: bool) -> Span | None:
+    def look(self, now_ns: int, *, waits: bool, moved: bool, stayed: bool = False) -> Span | None:
         """Take in one look; returns the stall that it shows to be over, if there was one.
 
         Args:
             now_ns: when it was taken.
             waits: the thread was waiting for events.
             moved: it has read or written something since the look before.
+            stayed: it is known not to have gone to sleep since then, so that it has not waited for events either.
         """
         last_ns, self._last_ns = self._last_ns or now_ns, now_ns
         self._start_ns = self._start_ns or now_ns  # a loop that is met in the midst of a stall
         if not waits and not moved:
-            if now_ns - last_ns > LATE * self.interval_ns and not self.is_suspect:
+            if now_ns - last_ns > LATE * self.interval_ns and not stayed and not self.is_suspect:
                 # in the time not looked at it may have waited: only what was seen counts
                 self._start_ns = now_ns - self.interval_ns
             self._still_ns = now_ns

@@ -2,8 +2,10 @@
 
 Every few milliseconds it looks into ``/proc/PID/task/TID``: ``syscall`` tells whether the thread waits for events,
 ``io`` counts its reads and writes (``syscr``, ``syscw``: every command that a client sends makes one of each), ``stat``
-tells a stopped process from one that waits, ``schedstat`` how long it wanted a CPU in vain. What that says about
-stalls is judged in ``standstill``. The server pays nothing; a look costs this process 15 us, some 60 on a busy machine.
+tells a stopped process from one that waits, ``schedstat`` how long it wanted a CPU in vain. Of one that seems to stand
+still ``status`` is read too: if it has not gone to sleep since the look before (``voluntary_ctxt_switches``), it has
+not waited for events either, however late a look came on a busy machine. What all that says about stalls is judged in
+``standstill``. The server pays nothing; a look costs this process 15 us, some 60 on a busy machine.
 
 A second witness is serverCron, probed at its entry and return (``hz`` times a second): it shows the iteration that
 reads and writes all the time and yet takes too long, because serverCron then comes too late, and it tells a loop that
@@ -58,6 +60,8 @@ _MAX_CRON_PERIOD_MS = 1000
 
 _WAITING = tuple(b"%d " % number for number in WAITS.values())
 _STOPPED = b"Tt"
+_STATUS_BYTES = 1 << 16
+"""More than ``status`` has, although it lists the groups of a user, who may be in thousands."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class _Loop:
     files: dict[str, int]
     standstill: Standstill
     io: bytes = b""
+    sleeps: bytes = b""
     crons: deque[Span] = field(default_factory=lambda: deque(maxlen=_CRONS_KEPT))
     period_ns: int = 0
     ended: list[Span] = field(default_factory=list)
@@ -92,6 +97,14 @@ class _Loop:
         moved, self.io = counts != self.io, counts
         waits = os.pread(self.files["syscall"], 8, 0).startswith(_WAITING) and (moved or not self._is_stopped())
         return waits, moved
+
+    def has_stayed(self, *, is_still: bool) -> bool:
+        """Return whether it stood still at the last look, does now, and has not gone to sleep in between."""
+        before, self.sleeps = self.sleeps, b""
+        if is_still:
+            status = os.pread(self.files["status"], _STATUS_BYTES, 0)
+            self.sleeps = status[status.rindex(b"\nvoluntary_ctxt_switches:") : status.rindex(b"\nnonvoluntary")]
+        return is_still and self.sleeps == before
 
     def look_at_run_delay(self, now_ns: int) -> None:
         """Keep how long it was ready to run and without a CPU since the last look."""
@@ -155,13 +168,14 @@ class Watchdog:
         task = Path(f"/proc/{pid}/task/{tid}")
         # with I/O threads they read and write for the loop
         io = task.parents[1] / "io" if _has_io_threads(task.parent) else task / "io"
-        paths = {"syscall": task / "syscall", "io": io, "stat": task / "stat", "schedstat": task / "schedstat"}
+        paths = {"io": io} | {name: task / name for name in ("syscall", "stat", "status", "schedstat")}
         loop = _Loop(pid, tid, {}, Standstill(self.threshold_ns, self._usual_interval_ns()))
         try:
             for name, path in paths.items():
                 loop.files[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 os.pread(loop.files[name], 8, 0)
             loop.look()
+            loop.has_stayed(is_still=True)
         except (OSError, ValueError) as error:
             loop.close()
             reason = error.strerror if isinstance(error, OSError) else "it is of an unknown form"
@@ -255,7 +269,8 @@ class Watchdog:
 
     def _look(self, loop: _Loop, now_ns: int) -> list[npt.NDArray[np.void]]:
         waits, moved = loop.look()
-        span = loop.standstill.look(now_ns, waits=waits, moved=moved)
+        stayed = loop.has_stayed(is_still=not waits and not moved)
+        span = loop.standstill.look(now_ns, waits=waits, moved=moved, stayed=stayed)
         if span is not None:
             span = self._longest_iteration(loop, span)
             if span.duration_ns >= self.threshold_ns:

@@ -167,7 +167,7 @@ def unexplained_stalls(analysis: Analysis) -> Iterator[Found]:
     """Stalls of which more than half is in no traced function, and no sampled stack told which other it was."""
     frame = analysis.stalls.frame
     rest = frame["duration_ns"] - frame["explained_ns"]
-    told = frame.index.isin([culprit.stall for culprit in analysis.samples.culprits])
+    told = frame.index.isin(list(analysis.samples.told))
     mine = frame.loc[(rest > (1 - MOSTLY) * frame["duration_ns"]) & ~told]
     if mine.empty:
         return
