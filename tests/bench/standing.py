@@ -1,25 +1,33 @@
-"""What a tracer that stays for weeks costs the server: redis-benchmark beside 10,000 idle clients, by turns.
+"""What a tracer that stays for weeks costs the server: a flood of GET beside 10,000 idle clients, by turns.
 
-Nothing, the watchdog with serverCron's probes, the event loop's raw tracepoints, its fentry where it exists.
-Only the event loop's part of a standing tracer: sampling the accept queues costs the server nothing.
+Nothing, all of ``stallscope watch`` as it stands by, and the event loop by raw tracepoints or, where it exists, fentry.
+The server has a CPU of its own and always enough to do, as when its clients are on other machines; the flood and the
+tracer share the other one. So what is lost is what the server loses.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import resource
 import shutil
+import signal
 import socket
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 from attach import servers
 from figures import BenchError, Figure, Findings
 from lab.clients import SOURCES
 from lab.server import HOST, Server
-from throughput import Load, Speed, measure_speed
+from throughput import Speed, server_cpu_ns
+from watch import running_watch
 from watchdog_thread import RING_BYTES, traced, watched
 
 from stallscope.probes.catalogue import NO_DECODER
@@ -29,17 +37,20 @@ from stallscope.tracer.capture.program import CallProbe, Program
 
 IDLE_CLIENTS = 10_000
 THRESHOLD_NS = 50_000_000
-LOAD = Load("GET, 50 connections kept", ("-t", "get"), 20_000)
 GOAL = 0.01
-OFF, WATCHDOG, TRACEPOINTS = "nothing", "watchdog and serverCron", "raw tracepoints"
+OFF, WATCH, TRACEPOINTS = "nothing", "watch", "raw tracepoints"
+_FLOOD = ("-t", "get", "-c", "50", "-P", "64", "-n", "1000000", "-l", "-q")
 _PING = b"PING\r\n"
 _RESAMPLES = 4000
 _SETTLE_S = 0.5
+_WARM_UP_S = 0.15
+_WINDOW_S = 0.3
+"""Short, and many of them: on a shared machine speed changes within seconds."""
 
 
 def bench(*, quick: bool) -> Findings:
     """Return throughput and the server's CPU time per request under each, beside those without any."""
-    found = Findings(f"standing: GET flood beside {IDLE_CLIENTS:,} idle clients")
+    found = Findings(f"standing: GET flood (pipelines of 64) beside {IDLE_CLIENTS:,} idle clients")
     if shutil.which("redis-benchmark") is None:
         raise BenchError("redis-benchmark is not installed; apt-get install redis-tools")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -47,19 +58,73 @@ def bench(*, quick: bool) -> Findings:
     with servers(found.notes) as running, ExitStack() as stack:
         name, server = next(iter(running.items()))
         found.bench += f", on the {name}"
+        stack.enter_context(_apart(found, server))
         stack.enter_context(_idle_clients(server, min(IDLE_CLIENTS, hard - 1000)))
-        tracers: dict[str, Callable[[], AbstractContextManager[object]]] = {
-            OFF: nullcontext,
-            WATCHDOG: lambda: watched(server.pid, THRESHOLD_NS),
-            TRACEPOINTS: lambda: traced(server.pid, THRESHOLD_NS),
-        }
-        best = plan_loop()
-        if best.rung != TRACEPOINT_RUNG:
-            tracers[best.rung] = lambda: traced(server.pid, THRESHOLD_NS, best)
-        speeds = _rounds(server, tracers, 4 if quick else 16)
         _own_cost(found, server)
+        tracers = _tracers(server, stack)
+        stack.enter_context(_flood(server))
+        speeds = _rounds(server, tracers, 30 if quick else 400)
     _compare(found, speeds)
     return found
+
+
+@contextmanager
+def _apart(found: Findings, server: Server) -> Iterator[None]:
+    """Give the server the first CPU, and the others to this process and what it starts."""
+    cpus = os.sched_getaffinity(0)
+    first, others = min(cpus), cpus - {min(cpus)}
+    if not others:
+        found.notes.append("there is one CPU, so the server shares it with the flood and the tracer")
+        yield
+        return
+    os.sched_setaffinity(server.pid, {first})
+    os.sched_setaffinity(0, others)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
+def _tracers(server: Server, stack: ExitStack) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stallscope-bench-"))
+    watch, _ = stack.enter_context(running_watch(server.pid, Path(folder)))
+    watch.send_signal(signal.SIGSTOP)
+    stack.callback(watch.send_signal, signal.SIGCONT)
+    tracers: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        OFF: nullcontext,
+        WATCH: lambda: _awake(watch),
+        TRACEPOINTS: lambda: traced(server.pid, THRESHOLD_NS),
+    }
+    best = plan_loop()
+    if best.rung != TRACEPOINT_RUNG:
+        tracers[best.rung] = lambda: traced(server.pid, THRESHOLD_NS, best)
+    return tracers
+
+
+@contextmanager
+def _awake(watch: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Let a watch run that is stopped otherwise; its probes, two on serverCron, are attached all the time."""
+    watch.send_signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        watch.send_signal(signal.SIGSTOP)
+
+
+@contextmanager
+def _flood(server: Server) -> Iterator[None]:
+    command = ["redis-benchmark", "-h", HOST, "-p", str(server.port), *_FLOOD]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(2 * _SETTLE_S)
+        if process.poll() is not None:
+            raise BenchError(f"redis-benchmark ended: {process.returncode}")
+        yield
+        if process.poll() is not None:
+            raise BenchError(f"redis-benchmark ended: {process.returncode}")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _rounds(
@@ -73,9 +138,23 @@ def _rounds(
         chance.shuffle(order)
         for name in order:
             with tracers[name]():
-                time.sleep(_SETTLE_S)
-                speeds[name].append(measure_speed(server, LOAD, LOAD.requests))
+                time.sleep(_WARM_UP_S)
+                speeds[name].append(_speed(server))
     return speeds
+
+
+def _speed(server: Server) -> Speed:
+    before, began_s, used_ns = _requests(server), time.monotonic(), server_cpu_ns(server.pid)
+    time.sleep(_WINDOW_S)
+    count, elapsed_s = _requests(server) - before, time.monotonic() - began_s
+    return Speed(count / elapsed_s, (server_cpu_ns(server.pid) - used_ns) / count / 1000)
+
+
+def _requests(server: Server) -> int:
+    found = re.search(r"total_commands_processed:(\d+)", server.command("INFO", "stats"))
+    if found is None:
+        raise BenchError("INFO has no total_commands_processed")
+    return int(found[1])
 
 
 @contextmanager

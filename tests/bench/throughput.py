@@ -104,16 +104,16 @@ def measure_speed(server: Server, load: Load, requests: int) -> Speed:
         BenchError: redis-benchmark failed.
     """
     command = ["redis-benchmark", "-h", HOST, "-p", str(server.port), "-c", str(CLIENTS), "-n", str(requests), "--csv"]
-    before_ns = _cpu_ns(server.pid)
+    before_ns = server_cpu_ns(server.pid)
     done = subprocess.run([*command, *load.options], capture_output=True, text=True, timeout=120)
-    used_ns = _cpu_ns(server.pid) - before_ns
+    used_ns = server_cpu_ns(server.pid) - before_ns
     rows = [row for row in csv.reader(done.stdout.splitlines()) if row and row[0] == "GET"]
     if done.returncode or not rows:
         raise BenchError(f"redis-benchmark failed: {(done.stderr or done.stdout).strip()[-160:]}")
     return Speed(float(rows[0][1]), used_ns / requests / 1000)
 
 
-def _cpu_ns(pid: int) -> int:
+def server_cpu_ns(pid: int) -> int:
     """Return the time that a process's main thread has run, in ns: /proc/PID/schedstat, first field."""
     return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[0])
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -29,27 +30,37 @@ _SHORT = ("--before", "1s", "--after", "200ms", "--cooldown", "0", "--max-overhe
 def bench(*, quick: bool) -> Findings:
     """Return what a watch of one idle server needs, and what it does on stalls of 150 ms."""
     found = Findings("watch: one server, three triggers")
-    with running_server(BUILD) as server, tempfile.TemporaryDirectory(prefix="stallscope-bench-") as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as output:
-            watch = subprocess.Popen(
-                [STALLSCOPE, "watch", "-p", str(server.pid), "-o", f"{folder}/captures", *_WORDS, *_SHORT],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=output,
-            )
-        try:
-            _until(lambda: "watching " in log.read_text(), "the watch begins")
-            time.sleep(_SETTLED_S)
-            cpu = [_own_cpu(watch.pid, 3.0 if quick else 6.0) for _ in range(3)]
-            found.figures.append(Figure("own CPU while nothing happens, % of one", cpu))
-            found.figures.append(Figure("own memory, MB", [_memory_mb(watch.pid)]))
-            _stall(found, server, log, 8 if quick else 25)
-            found.figures.append(Figure("own memory after these captures, MB", [_memory_mb(watch.pid)]))
-        finally:
-            watch.send_signal(signal.SIGINT)
-            watch.wait(60)
+    with (
+        running_server(BUILD) as server,
+        tempfile.TemporaryDirectory(prefix="stallscope-bench-") as folder,
+        running_watch(server.pid, Path(folder), *_SHORT) as (watch, log),
+    ):
+        cpu = [_own_cpu(watch.pid, 3.0 if quick else 6.0) for _ in range(3)]
+        found.figures.append(Figure("own CPU while nothing happens, % of one", cpu))
+        found.figures.append(Figure("own memory, MB", [_memory_mb(watch.pid)]))
+        _stall(found, server, log, 8 if quick else 25)
+        found.figures.append(Figure("own memory after these captures, MB", [_memory_mb(watch.pid)]))
     return found
+
+
+@contextmanager
+def running_watch(pid: int, folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Watch a process; yields the watch once it has settled, and the file of what it says."""
+    log = folder / "log"
+    with log.open("wb") as output:
+        watch = subprocess.Popen(
+            [STALLSCOPE, "watch", "-p", str(pid), "-o", str(folder / "captures"), *_WORDS, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=output,
+        )
+    try:
+        _until(lambda: "watching " in log.read_text(), "the watch begins")
+        time.sleep(_SETTLED_S)
+        yield watch, log
+    finally:
+        watch.send_signal(signal.SIGINT)
+        watch.wait(60)
 
 
 def _stall(found: Findings, server: Server, log: Path, times: int) -> None:

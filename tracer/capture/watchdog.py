@@ -5,7 +5,8 @@ Every few milliseconds it looks into ``/proc/PID/task/TID``: ``syscall`` tells w
 tells a stopped process from one that waits, ``schedstat`` how long it wanted a CPU in vain. Of one that seems to stand
 still ``status`` is read too: if it has not gone to sleep since the look before (``voluntary_ctxt_switches``), it has
 not waited for events either, however late a look came on a busy machine. What all that says about stalls is judged in
-``standstill``. The server pays nothing; a look costs this process 15 us, some 60 on a busy machine.
+``standstill``. The server pays nothing; a look costs this process 15 us, some 60 on a busy machine, and less at a
+server that has not run since the last one.
 
 A second witness is serverCron, probed at its entry and return (``hz`` times a second): it shows the iteration that
 reads and writes all the time and yet takes too long, because serverCron then comes too late, and it tells a loop that
@@ -82,6 +83,8 @@ class _Loop:
     files: dict[str, int]
     standstill: Standstill
     io: bytes = b""
+    ran: bytes = b""
+    waited: bool = False
     sleeps: bytes = b""
     crons: deque[Span] = field(default_factory=lambda: deque(maxlen=_CRONS_KEPT))
     period_ns: int = 0
@@ -92,11 +95,15 @@ class _Loop:
 
     def look(self) -> tuple[bool, bool]:
         """Return whether it waits for events, and whether it has read or written since the last look."""
+        ran, self.ran = self.ran, os.pread(self.files["schedstat"], 96, 0)
+        waits = os.pread(self.files["syscall"], 8, 0).startswith(_WAITING)
+        if waits and self.waited and self.ran == ran:
+            return True, False  # it has not run since the last look, not even to be stopped
         counts = os.pread(self.files["io"], 256, 0)
         counts = counts[counts.index(b"syscr") : counts.index(b"read_bytes")]
         moved, self.io = counts != self.io, counts
-        waits = os.pread(self.files["syscall"], 8, 0).startswith(_WAITING) and (moved or not self._is_stopped())
-        return waits, moved
+        self.waited = waits and not moved and not self._is_stopped()
+        return self.waited or (waits and moved), moved
 
     def has_stayed(self, *, is_still: bool) -> bool:
         """Return whether it stood still at the last look, does now, and has not gone to sleep in between."""
@@ -108,7 +115,7 @@ class _Loop:
 
     def look_at_run_delay(self, now_ns: int) -> None:
         """Keep how long it was ready to run and without a CPU since the last look."""
-        delay_ns = int(os.pread(self.files["schedstat"], 96, 0).split()[1])
+        delay_ns = int(self.ran.split()[1])
         if self.looked_ns and delay_ns != self.delay_ns:
             self.delays.append((self.looked_ns, now_ns, delay_ns - self.delay_ns))
         self.looked_ns, self.delay_ns = now_ns, delay_ns

@@ -21,7 +21,7 @@ from stallscope.tracer.capture.discovery import Candidate, Discovery
 from stallscope.tracer.capture.probe_ids import STACK_PROBE
 from stallscope.tracer.capture.redis_target import Target, listening_ports, open_target, why_hidden
 from stallscope.tracer.capture.ring import give_memory_back
-from stallscope.tracer.capture.session import Session, SessionOptions
+from stallscope.tracer.capture.session import TOGETHER_NS, Session, SessionOptions
 from stallscope.tracer.capture.standing_loop import StandingLoop
 from stallscope.tracer.errors import StallscopeError
 from stallscope.tracer.manifest import Manifest, Note
@@ -89,7 +89,10 @@ class WatchedSession(Session):
     @property
     def due_ns(self) -> int:
         """When ``poll`` has something to do again, CLOCK_MONOTONIC."""
-        return min(super().due_ns, self._loop.due_ns if self._loop is not None else super().due_ns)
+        if not self._traced.targets and not self._arrivals:
+            return self._next_search
+        due_ns = super().due_ns
+        return min(due_ns, self._loop.due_ns) if self._loop is not None else due_ns
 
     @property
     def has_servers(self) -> bool:
@@ -112,12 +115,12 @@ class WatchedSession(Session):
 
     def poll(self, now_ns: int) -> list[npt.NDArray[np.void]]:
         """Do what is due; returns new rows, dtype ``EVENT``, with the calls that ended servers were in last."""
-        rows = super().poll(now_ns)
+        rows = [part for part in super().poll(now_ns) if len(part)]
         if self._traced.stacks is not None and any((part["probe"] == STACK_PROBE).any() for part in rows):
             self._sampled_ns = now_ns
         if self._loop is not None:
             rows = [self._loop.take(part) for part in rows]
-            if now_ns >= self._loop.due_ns:
+            if now_ns + TOGETHER_NS // 2 >= self._loop.due_ns:
                 rows.append(self._loop.sample(now_ns))
         if self._arrivals:
             self._welcome()
