@@ -8,7 +8,8 @@
 PYTHON ?= python3
 VM ?= $(PYTHON) vagrant/vm
 VM_KERNELS := 6.1 6.12
-VM_TESTS ?= python -m pytest -q tests/kernel/test_listener.py tests/kernel/test_listener_record.py tests/kernel/test_event_loop.py
+VM_TESTS ?= python -m pytest -q tests/kernel/test_listener.py tests/kernel/test_listener_record.py tests/kernel/test_event_loop.py \
+	tests/kernel/test_watch_hooks.py
 
 VM_BENCH ?= python tests/bench/run.py listener
 
