@@ -552,6 +552,9 @@ def test_a_binary_with_its_symbols_is_not_called_stripped(tmp_path):
     binary = server(tmp_path)
     (resolution,) = resolve(binary, ["no_such_function"])
     assert resolution.reason == f'no symbol "no_such_function" in {binary}'
+    assert (
+        resolve(binary, ["serverCorn"])[0].reason == f'no symbol "serverCorn" in {binary}; did you mean "serverCron"?'
+    )
 
 
 def test_the_plain_data_of_probes(tmp_path):

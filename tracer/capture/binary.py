@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +27,9 @@ _LIBRARY_FOLDERS = (
     "/lib",
 )
 _VERSION = re.compile(rb"(?:\0|ersion )(\d{1,3}\.\d{1,3}\.\d{1,3})(?=\0)")
+_SIMILAR = 0.8
+"""One letter wrong in five."""
+
 _JEMALLOC = re.compile(rb"\0(?:jemalloc-)?(\d{1,2}\.\d{1,2}\.\d{1,2})(?:-\d+-g[0-9a-f]+)?(?=\0)")
 
 
@@ -137,6 +141,12 @@ class Binary:
                         found.setdefault(one.address, one)
             self._known[name] = list(found.values())
         return self._known[name]
+
+    def similar(self, name: str) -> str:
+        """Return the function whose name is the most similar to one that is not there, empty when none is."""
+        with reading(self.shown):
+            names = {known for table in self.tables for known in table.names()}
+        return next(iter(get_close_matches(name, sorted(names), 1, _SIMILAR)), "")
 
     def function_at(self, address: int) -> str:
         """Return the name of the function whose code contains an address, empty when none is known."""

@@ -121,6 +121,10 @@ class SymbolTable:
         start = int(values[index])
         return Found(self.name_at(int(names[index])), start, int(ends[index]) - start, self.source)
 
+    def names(self) -> set[str]:
+        """Return the names of all functions, without what compilers append."""
+        return {base_name(self.name_at(int(offset))) for offset in self._entries["name"]}
+
     def aliases(self, address: int) -> list[str]:
         """Return every name of the function that starts at an address, in the order of the table."""
         entries = self._entries[self._entries["value"] == np.uint64(address)]

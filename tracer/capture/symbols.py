@@ -125,7 +125,8 @@ class _Resolver:
             containers = self.paths.inlined_into(self.exe, name)
             if containers:
                 return self._inlined(name, containers, "has no symbol of its own", NO_DECODER)
-            return _missing(name, no_symbol(self.exe, name))
+            similar = self.exe.similar(name)
+            return _missing(name, no_symbol(self.exe, name) + (f'; did you mean "{similar}"?' if similar else ""))
         return self._plain(name, Candidate(name, self.exe, found))
 
     def _in_library(self, asked: str, library: str, name: str) -> Resolution:
