@@ -27,10 +27,9 @@ _LIBRARY_FOLDERS = (
     "/lib",
 )
 _VERSION = re.compile(rb"(?:\0|ersion )(\d{1,3}\.\d{1,3}\.\d{1,3})(?=\0)")
-_SIMILAR = 0.8
-"""One letter wrong in five."""
-
 _JEMALLOC = re.compile(rb"\0(?:jemalloc-)?(\d{1,2}\.\d{1,2}\.\d{1,2})(?:-\d+-g[0-9a-f]+)?(?=\0)")
+_SIMILAR = 0.8
+"""How alike two names are at least of which one is taken for the other mistyped: one letter in five may differ."""
 
 
 @dataclass(frozen=True)

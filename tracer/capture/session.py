@@ -39,10 +39,10 @@ from stallscope.tracer.recording import empty_events, joined_events
 from stallscope.tracer.stack_table import StackTable
 
 READ_NS = 50_000_000
+"""How often waiting records are fetched; nobody is woken for them."""
+
 TOGETHER_NS = 2_000_000
 """What is due so soon is done now: a process that wakes up less often costs the machine less."""
-
-"""How often waiting records are fetched; nobody is woken for them."""
 
 _MARK_TRIES = 20
 
