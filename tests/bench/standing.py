@@ -63,7 +63,7 @@ def bench(*, quick: bool) -> Findings:
         _own_cost(found, server)
         tracers = _tracers(server, stack)
         stack.enter_context(_flood(server))
-        speeds = _rounds(server, tracers, 30 if quick else 400)
+        speeds = _rounds(server, tracers, 30 if quick else 120)
     _compare(found, speeds)
     return found
 
