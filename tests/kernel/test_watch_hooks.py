@@ -72,7 +72,9 @@ def test_nothing_is_sampled_that_can_be_hooked(rows: Rows, watch: Watch) -> None
 
 def test_a_stall_in_progress_and_what_it_had_refused_are_one_capture(rows: Rows) -> None:
     assert rows.recording.complete
-    assert [trigger.text for trigger in rows.manifest.triggers] == ["stall>500ms", "overflow>0"]
+    stall_text, *others = [trigger.text for trigger in rows.manifest.triggers]
+    assert stall_text == "stall>500ms"
+    assert set(others) == {"overflow>0"}, "once, or again when the refused try again"
     assert rows.manifest.triggers[0].under_way
     (stall,) = iterations(rows, 1900 * MS)
     (detail,) = rows.manifest.details
