@@ -1,7 +1,9 @@
-"""What `record` really needs: with just these capabilities it works, without one of them it says which."""
+"""What tracing really needs: with just these capabilities it works, without one of them it says which."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -11,17 +13,28 @@ import pytest
 from lab import LabError
 from lab.server import Server, find_server, running_server
 from tracing import STALLSCOPE, require_tracing
+from watch_process import iterations, watching
 
 from stallscope.tracer.capture.bpf import has_uprobe_links
 from stallscope.tracer.recording import read_recording
 
 ENOUGH = ("bpf", "perfmon", "sys_ptrace")
+UNIT = Path(__file__).parents[2] / "packaging/stallscope-watch.service"
+NOBODY = 65534
 
 
 def with_capabilities(*names: str) -> list[str]:
     """Return what runs a command as uid 0 that has no more than these capabilities."""
     kept = ",".join(["-all", *(f"+{name}" for name in names)])
     return ["setpriv", f"--bounding-set={kept}", "--inh-caps=-all"]
+
+
+def as_the_unit() -> list[str]:
+    """Return what runs a command as a user who is not root, with the capabilities that the unit gives it."""
+    (given,) = re.findall(r"^AmbientCapabilities=(.*)$", UNIT.read_text(), re.MULTILINE)
+    kept = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in given.split())])
+    user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
+    return ["setpriv", *user, f"--inh-caps={kept}", f"--ambient-caps={kept}", f"--bounding-set={kept}"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,3 +124,19 @@ def test_before_uprobe_links_it_says_what_it_takes(server: Server, tmp_path: Pat
     assert "CAP_SYS_ADMIN" in line
     done = record(server, tmp_path / "some.stall", with_capabilities("sys_admin", "sys_ptrace"))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("_uprobe_links")
+def test_a_watch_that_is_not_root_reads_its_configuration_and_captures(server: Server, tmp_path: Path) -> None:
+    folder, config = tmp_path / "captures", tmp_path / "watch.toml"
+    folder.mkdir()
+    os.chown(folder, NOBODY, NOBODY)
+    config.write_text(f'pid = [{server.pid}]\ntrigger = ["stall>50ms"]\nbefore = "1s"\nafter = "1s"\n')
+    config.chmod(0o640)
+    with watching(folder, "--config", str(config), prefix=as_the_unit()) as watch:
+        assert f"Uid:\t{NOBODY}" in Path(f"/proc/{watch.pid}/status").read_text()
+        server.command("DEBUG", "SLEEP", "0.4")
+        rows = watch.capture(0)
+        assert rows.recording.complete
+        assert len(iterations(rows, 390_000_000)) == 1
+        assert "cannot" not in watch.said

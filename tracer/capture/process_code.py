@@ -64,7 +64,7 @@ def _image(pid: int, path: str, start: int, end: int) -> CodeImage:
     root = f"/proc/{pid}/root"
     # through its mapping, which also reaches a file that was replaced or deleted
     mapped = f"/proc/{pid}/map_files/{start:x}-{end:x}"
-    place = mapped if os.access(mapped, os.R_OK) else f"{root}{path}"
+    place = mapped if os.access(mapped, os.R_OK, effective_ids=True) else f"{root}{path}"
     return CodeImage.from_file(place, seen_as=path, root=root)
 
 

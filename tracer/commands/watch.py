@@ -60,7 +60,7 @@ def _flag(name: str, text: str) -> Callable[[_Command], _Command]:
 @_option("metrics", "[ADDR:]PORT", "Answer Prometheus there.")
 @_option("sample", "TIME", "Interval of the accept queue samples; 20ms if not given.")
 @_option("ring-size", "SIZE", "Ring buffer between kernel and watch; 2M if not given.")
-@click.option("--config", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--config", type=click.Path(dir_okay=False, readable=False, path_type=Path),
               help="TOML file with the same names; SIGHUP reads it again.")  # fmt: skip
 def watch(config: Path | None, **given: Any) -> None:
     """Wait for an incident, and keep a recording of the time around it.
