@@ -198,6 +198,7 @@ def read_recording(path: Path) -> Recording:
             raise RecordingError(f"{path} {what}; give a recording made by stallscope record")
         if path.stat().st_size == 0:
             raise RecordingError(f"{path} is empty; it is not a recording")
+        path.open("rb").close()
     except OSError as error:
         raise RecordingError(f"{path} cannot be read: {error.strerror}; give a file you may read") from error
     try:

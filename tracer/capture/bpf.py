@@ -46,6 +46,8 @@ _PERF_EVENT_IOC_SET_BPF = 0x40042408
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_TYPE_SOFTWARE = 1
 _PERF_COUNT_SW_CPU_CLOCK = 0
+_STRICTEST_UPSTREAM = 2
+"""Of kernel.perf_event_paranoid: Debian's and Ubuntu's kernels know more, and ask for CAP_SYS_ADMIN there."""
 _PMUS = Path("/sys/bus/event_source/devices")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -267,10 +269,17 @@ def attach_cpu_clock(program_fd: int, tid: int, period_ns: int) -> int:
     except OSError as error:
         if error.errno == errno.ESRCH:
             raise SurroundingsError(f"cannot sample thread {tid}: it is gone") from error
-        raise SurroundingsError(
-            f"cannot sample thread {tid}: {error.strerror}; it needs root or CAP_PERFMON, and the rate within "
-            "/proc/sys/kernel/perf_event_max_sample_rate"
-        ) from error
+        needs = "it needs root or CAP_PERFMON, and the rate within /proc/sys/kernel/perf_event_max_sample_rate"
+        if error.errno == errno.EACCES and _perf_paranoia() > _STRICTEST_UPSTREAM:
+            needs = "under this kernel.perf_event_paranoid it needs root or CAP_SYS_ADMIN; set that to 2 with sysctl"
+        raise SurroundingsError(f"cannot sample thread {tid}: {error.strerror}; {needs}") from error
+
+
+def _perf_paranoia() -> int:
+    try:
+        return int(Path("/proc/sys/kernel/perf_event_paranoid").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
 
 
 def attach_raw_tracepoint(program_fd: int, name: str) -> int:

@@ -12,9 +12,9 @@ from stallscope.tracer.commands.parameters import OFFSET
 
 
 @click.command(name="import")
-@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(readable=False, path_type=Path))
 @click.option(
-    "--into", type=click.Path(path_type=Path), metavar="REC.stall",
+    "--into", type=click.Path(readable=False, path_type=Path), metavar="REC.stall",
     help="Add the rows to a copy of this recording, on its clock; without it they are a recording of their own.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Recording to write.")

@@ -13,7 +13,7 @@ from stallscope.tracer.errors import UsageError
 
 @click.command()
 @click.option("-p", "--pid", type=click.IntRange(min=1), help="A running server.")
-@click.option("--binary", type=click.Path(path_type=Path), help="A server's binary.")
+@click.option("--binary", type=click.Path(readable=False, path_type=Path), help="A server's binary.")
 @click.option(
     "--probe",
     "probes",

@@ -14,7 +14,7 @@ PAGE_SUFFIX = ".html"
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
     help="Page to write; FILE with .html if not given, overwritten if it exists.",

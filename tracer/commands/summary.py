@@ -11,7 +11,7 @@ from stallscope.tracer.commands.parameters import SIZE, console
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(readable=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option(
     "--what-if-trim-above",
