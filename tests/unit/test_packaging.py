@@ -104,3 +104,9 @@ def test_the_readme_names_every_file() -> None:
     for path in PACKAGING.rglob("*"):
         if path.is_file() and path.name != "README.md":
             assert str(path.relative_to(PACKAGING)) in text, path
+
+
+@pytest.mark.parametrize("line", ["ProtectKernelTunables", "ProtectKernelLogs"])
+def test_the_kernels_symbols_are_not_hidden(line: str) -> None:
+    """The one hides /proc/kallsyms, the other takes CAP_SYSLOG away, without which it has no addresses."""
+    assert line not in unit()["Service"]
