@@ -102,8 +102,9 @@ class _Loop:
         counts = os.pread(self.files["io"], 256, 0)
         counts = counts[counts.index(b"syscr") : counts.index(b"read_bytes")]
         moved, self.io = counts != self.io, counts
-        self.waited = waits and not moved and not self._is_stopped()
-        return self.waited or (waits and moved), moved
+        waits = waits and (moved or not self._is_stopped())
+        self.waited = waits and not moved
+        return waits, moved
 
     def has_stayed(self, *, is_still: bool) -> bool:
         """Return whether it stood still at the last look, does now, and has not gone to sleep in between."""

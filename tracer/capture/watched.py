@@ -115,9 +115,7 @@ class WatchedSession(Session):
 
     def poll(self, now_ns: int) -> list[npt.NDArray[np.void]]:
         """Do what is due; returns new rows, dtype ``EVENT``, with the calls that ended servers were in last."""
-        rows = [part for part in super().poll(now_ns) if len(part)]
-        if self._traced.stacks is not None and any((part["probe"] == STACK_PROBE).any() for part in rows):
-            self._sampled_ns = now_ns
+        rows = super().poll(now_ns)
         if self._loop is not None:
             rows = [self._loop.take(part) for part in rows]
             if now_ns + TOGETHER_NS // 2 >= self._loop.due_ns:
@@ -257,6 +255,12 @@ class WatchedSession(Session):
 
     def _ports_served(self) -> set[int]:
         return {listener.port for listener in self._sampler.listeners if listener.pid in self._traced.targets}
+
+    def _take_stacks(self, *, is_last: bool = False) -> npt.NDArray[np.void]:
+        rows = super()._take_stacks(is_last=is_last)
+        if len(rows):
+            self._sampled_ns = time.monotonic_ns()
+        return rows
 
     def _follow_targets(self) -> None:
         now_ns = time.monotonic_ns()

@@ -31,10 +31,7 @@ def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "-f", "--format", "format_name", type=click.Choice(list(FORMATS)), required=True, help="What to write; see below."
 )
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(readable=False, path_type=Path),
-    help="File to write, - for stdout; beside FILE if not given.",
+    "-o", "--output", type=click.Path(path_type=Path), help="File to write, - for stdout; beside FILE if not given."
 )
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
 @click.option(
