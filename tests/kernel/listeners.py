@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tracing import until
+import pytest
+from tracing import require_tracing, until
 
 from stallscope.tracer.capture.backlog import ListenerState, SockDiag
-from stallscope.tracer.capture.listener import EVENTS, FIELDS, ListenerPlan
+from stallscope.tracer.capture.listener import EVENTS, FIELDS, ListenerPlan, plan_listener
 from stallscope.tracer.capture.listener_program import COUNTED, LISTENER_PROBES, ListenerProgram
 from stallscope.tracer.capture.namespace import COUNTER_NAMES, KernelCounters, call_inside, namespace_inode
+from stallscope.tracer.errors import SurroundingsError
 from stallscope.tracer.layout import EVENT
 from stallscope.tracer.manifest import ListenerInfo, ProbeCounters
 
@@ -48,6 +50,15 @@ REFUSALS = (*OVERFLOWS, SYN_QUEUE_FULL, "SYN refused otherwise", "third ACK refu
 """What the kernel counts as ListenDrops."""
 
 _T = TypeVar("_T")
+
+
+def require_kernel_probes() -> ListenerPlan:
+    """Return how listeners are hooked here; skips the test where they cannot be."""
+    require_tracing()
+    try:
+        return plan_listener()
+    except SurroundingsError as error:
+        pytest.skip(f"requires kernel probes ({error}): make test-vm")
 
 
 class Namespace:

@@ -35,11 +35,11 @@ from listeners import (
     close_all,
     names_of,
     namespace,
+    require_kernel_probes,
 )
-from tracing import require_tracing, until
+from tracing import until
 
-from stallscope.tracer.capture.listener import FENTRY_RUNG, KPROBE_RUNG, plan_listener
-from stallscope.tracer.errors import SurroundingsError
+from stallscope.tracer.capture.listener import FENTRY_RUNG, KPROBE_RUNG
 
 BACKLOG = 5
 HOLDS = BACKLOG + 1
@@ -55,11 +55,7 @@ WAYS = [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1")]
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Watchers]:
-    require_tracing()
-    try:
-        plan = plan_listener()
-    except SurroundingsError as error:
-        pytest.skip(f"requires kernel probes ({error}): make test-vm")
+    plan = require_kernel_probes()
     kprobes = plan.without_fentry(list(plan.rungs))
     # the second one's limit is so low that a flood reaches it even in an emulated machine
     made = Watchers({"best": plan, "kprobes": replace(kprobes, events_per_second=1000)})

@@ -16,13 +16,22 @@ import pytest
 from lab import LabError, incident
 from lab.recipes import RECIPES
 from lab.server import find_server, running_server
-from listeners import ACCEPT_QUEUE_FULL, ACCEPTED, ENQUEUED, OVERFLOWS, TCP_SYNCNT, close_all, names_of, on_cpu
-from tracing import Rows, inside, recording, require_tracing, until
+from listeners import (
+    ACCEPT_QUEUE_FULL,
+    ACCEPTED,
+    ENQUEUED,
+    OVERFLOWS,
+    TCP_SYNCNT,
+    close_all,
+    names_of,
+    on_cpu,
+    require_kernel_probes,
+)
+from tracing import Rows, inside, recording, until
 
-from stallscope.tracer.capture.listener import KPROBE_RUNG, plan_listener
+from stallscope.tracer.capture.listener import KPROBE_RUNG
 from stallscope.tracer.capture.listener_program import COUNTED
 from stallscope.tracer.capture.redis_target import pids_listening_on
-from stallscope.tracer.errors import SurroundingsError
 
 HOST = "127.0.0.1"
 BACKLOG = 5
@@ -37,11 +46,7 @@ NANOSLEEPS = {"35", "230"}
 
 @pytest.fixture(scope="module", autouse=True)
 def hooked() -> None:
-    require_tracing()
-    try:
-        plan_listener()
-    except SurroundingsError as error:
-        pytest.skip(f"requires kernel probes ({error}): make test-vm")
+    require_kernel_probes()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from lab.server import Server, running_server
 from tracing import Rows, built, until
-from watch_process import Watch, connecting, iterations, stopped, watching
+from watch_process import Watch, connecting, iterations, stopped, watching_closely
 
 from stallscope.tracer.analysis.analysis import analyse
 from stallscope.tracer.manifest import Manifest
@@ -31,10 +31,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def watch(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    words = ["-p", str(server.pid), "--before", "2s", "--after", "1s", "--cooldown", "0", "--max-overhead", "100%"]
-    for trigger in ("stall>50ms", "overflow>0", "backlog>80% for 100ms", "call:flushallCommand>1us"):
-        words += ["--trigger", trigger]
-    with watching(tmp_path_factory.mktemp("watch"), *words) as running:
+    wanted = ("stall>50ms", "overflow>0", "backlog>80% for 100ms", "call:flushallCommand>1us")
+    with watching_closely(tmp_path_factory.mktemp("watch"), server, *wanted) as running:
         since_ns = time.monotonic_ns()
         until(lambda: time.monotonic_ns() - since_ns > 3000 * MS, "there is a whole pre-roll")
         yield running

@@ -9,13 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 from lab.server import Server, running_server
-from listeners import ACCEPT_QUEUE_FULL, OVERFLOWS
-from tracing import Rows, built, require_tracing, until
-from watch_process import Watch, connecting, iterations, watching
+from listeners import ACCEPT_QUEUE_FULL, OVERFLOWS, require_kernel_probes
+from tracing import Rows, built, until
+from watch_process import Watch, connecting, iterations, watching_closely
 
 from stallscope.tracer.capture.event_loop import TRACEPOINT_RUNG, plan_loop
-from stallscope.tracer.capture.listener import plan_listener
-from stallscope.tracer.errors import SurroundingsError
 
 MS = 1_000_000
 HOUR_NS = 3_600_000 * MS
@@ -26,11 +24,7 @@ SLEEP_S = "2"
 
 @pytest.fixture(scope="module", autouse=True)
 def hooked() -> None:
-    require_tracing()
-    try:
-        plan_listener()
-    except SurroundingsError as error:
-        pytest.skip(f"requires kernel probes ({error}): make test-vm")
+    require_kernel_probes()
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +35,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def watch(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    words = ["-p", str(server.pid), "--before", "2s", "--after", "1s", "--cooldown", "0", "--max-overhead", "100%"]
-    for trigger in ("stall>500ms", "overflow>0"):
-        words += ["--trigger", trigger]
-    with watching(tmp_path_factory.mktemp("watch"), *words) as running:
+    with watching_closely(tmp_path_factory.mktemp("watch"), server, "stall>500ms", "overflow>0") as running:
         yield running
 
 

@@ -60,6 +60,16 @@ def watching(
         watch.close()
 
 
+@contextmanager
+def watching_closely(folder: Path, server: Server, *triggers: str) -> Iterator[Watch]:
+    """Watch a server for these triggers: nothing is left out, and 2 s before and 1 s after are in a capture."""
+    words = ["-p", str(server.pid), "--before", "2s", "--after", "1s", "--cooldown", "0", "--max-overhead", "100%"]
+    for trigger in triggers:
+        words += ["--trigger", trigger]
+    with watching(folder, *words) as watch:
+        yield watch
+
+
 def iterations(rows: Rows, at_least_ns: int) -> list[tuple[int, int]]:
     """Return (start, end) of the event loop iterations that took so long."""
     (probe,) = [probe.id for probe in rows.manifest.probes if probe.kind == ITERATION]
